@@ -11,15 +11,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from types import MappingProxyType
 from typing import Any, Literal
 
 Finish = Literal["stop", "length", "given"]
-EMPTY: Mapping[str, Any] = MappingProxyType({})
 
 
 class Says(IntEnum):
-    """What a loss needs from a judge. TEXT < TOKEN < DENSE: each can be weakened to the one before; SCORE stands apart."""
+    """What a loss needs from a judge. TEXT < TOKEN < DENSE, each weakens to the one before; SCORE stands apart."""
 
     TEXT = 0  # it speaks: an answer to the prompt
     TOKEN = 1  # natural-log probability of the sampled token
@@ -51,7 +49,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What is asked. `responses` are recorded answers ("data" speaks them); `answer` is what a verifier holds truth against.
+    """What is asked. `responses` are recorded answers ("data" speaks them); `answer` is for verifiers.
 
     `id` is a pure function of the messages, so the same question read from two files is the same prompt.
     """
@@ -60,7 +58,7 @@ class Prompt:
     responses: tuple[str, ...] = ()
     answer: str | None = None
     domain: str = ""
-    meta: Mapping[str, Any] = field(default=EMPTY, hash=False, compare=False)
+    meta: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     where: str = field(default="", hash=False, compare=False)  # file:line it was read from
 
     @property
@@ -101,7 +99,7 @@ class Rollout:
     turns: tuple[Turn, ...]
     text: str
     sample: int = 0  # which of the prompt's samples this is
-    rewards: Mapping[str, float] = field(default=EMPTY, hash=False, compare=False)
+    rewards: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     reward: float | None = None
 
     @property

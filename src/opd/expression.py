@@ -1,0 +1,275 @@
+"""Expressions: numbers per token that never carry gradient. Credits, anchors and gates are all of this type.
+
+Evaluation sees one of two scopes with the same names: a *tile* (some tokens, with the vocabulary axis) or the *whole*
+optimizer batch (all tokens, without it). An expression whose reach is wider than a token is evaluated once a step on
+the whole batch, before it is cut, and the tile reads the result: so neither micro-batches nor tiles can change it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+
+from opd import math
+from opd.types import Judge, Needs, Says
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Against = Literal["live", "old", "behaviour"]
+
+
+class Reach(IntEnum):
+    """How much of the batch one value of an expression depends on."""
+
+    TOKEN = 0
+    SEQUENCE = 1
+    GROUP = 2
+    BATCH = 3
+
+
+class Scope(Protocol):
+    """What an expression may read. N: loss tokens in sight; log-probabilities are of the sampling distribution."""
+
+    live: Tensor  # [N] the student now
+    old: Tensor  # [N] the student in the trainer, just before the first update on this batch
+    behaviour: Tensor  # [N] the engine that spoke
+
+    def judged(self, judge: Judge) -> Tensor:
+        """[N] the judge's log-probability of the sampled token."""
+
+    def column(self, expression: Expression) -> Tensor:
+        """[N] a wide expression, already evaluated."""
+
+
+class Whole(Scope, Protocol):
+    """The scope of a whole optimizer batch. B: rows."""
+
+    row: Tensor  # [N] the row of each token
+    group: Tensor  # [B] rows of one prompt and one speaker share a number
+    reward: Tensor  # [B]
+
+    def scored(self, judge: Judge) -> Tensor:
+        """[B] what a critic gave each row."""
+
+
+@dataclass(frozen=True)
+class Expression:
+    """A number per token. Subclasses say `at(scope)`, and what they need and read if anything."""
+
+    reach: ClassVar[Reach] = Reach.TOKEN
+    parts: ClassVar[tuple[str, ...]] = ()  # names of fields that are expressions
+
+    def at(self, scope: Any) -> Tensor:
+        raise NotImplementedError(f"{type(self).__name__} does not say what it is")
+
+    def value(self, scope: Scope) -> Tensor:
+        """[N] under any scope; what reaches wider than a token is read from the batch's column."""
+        return scope.column(self) if self.reach > Reach.TOKEN else self.at(scope)
+
+    @property
+    def children(self) -> tuple[Expression, ...]:
+        return tuple(getattr(self, name) for name in self.parts)
+
+    @property
+    def own_needs(self) -> Needs:
+        return {}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset()
+
+    @property
+    def needs(self) -> Needs:
+        return union([self.own_needs, *(c.needs for c in self.children)])
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.own_reads.union(*(c.reads for c in self.children))
+
+    def wide(self) -> Iterable[Expression]:
+        """The outermost parts that must be evaluated on the whole batch."""
+        if self.reach > Reach.TOKEN:
+            yield self
+        else:
+            for child in self.children:
+                yield from child.wide()
+
+    def __add__(self, other: Expression) -> Expression:
+        return Sum(self, other)
+
+    def __rmul__(self, factor: float) -> Expression:
+        return Scaled(factor, self)
+
+
+@dataclass(frozen=True)
+class Sum(Expression):
+    """left + right."""
+
+    left: Expression
+    right: Expression
+    parts = ("left", "right")
+
+    def at(self, scope: Scope) -> Tensor:
+        return self.left.value(scope) + self.right.value(scope)
+
+    def __str__(self) -> str:
+        return f"{self.left} + {self.right}"
+
+
+@dataclass(frozen=True)
+class Scaled(Expression):
+    """factor * inner."""
+
+    factor: float
+    inner: Expression
+    parts = ("inner",)
+
+    def at(self, scope: Scope) -> Tensor:
+        return self.factor * self.inner.value(scope)
+
+    def __str__(self) -> str:
+        return f"{self.factor:g} ({self.inner})"
+
+
+@dataclass(frozen=True)
+class Logp(Expression):
+    """The student's own log-probability of the sampled token: live, old, or as it was spoken."""
+
+    which: Against
+
+    def at(self, scope: Scope) -> Tensor:
+        chosen: Tensor = getattr(scope, self.which)
+        return chosen.detach()
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({self.which})
+
+    def __str__(self) -> str:
+        return {"live": "log π", "old": "log π_old", "behaviour": "log μ"}[self.which]
+
+
+@dataclass(frozen=True)
+class LogRatio(Expression):
+    """log judge - log student on the sampled token, in nats."""
+
+    judge: Judge
+    against: Against
+
+    def at(self, scope: Scope) -> Tensor:
+        mine: Tensor = getattr(scope, self.against)
+        return scope.judged(self.judge) - mine.detach()
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.TOKEN}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({self.against})
+
+    def __str__(self) -> str:
+        return f"log {self.judge} - {Logp(self.against)}"
+
+
+@dataclass(frozen=True)
+class Reward(Expression):
+    """A rollout's reward (the task's, or a critic's score) less its group's mean, over the deviation if `std`."""
+
+    judge: Judge | None = None
+    std: bool = False
+    min_std: float = 0.0
+    reach = Reach.GROUP
+
+    def at(self, scope: Whole) -> Tensor:
+        value_B = scope.reward if self.judge is None else scope.scored(self.judge)
+        advantage_B = math.credit.group_advantage(value_B, scope.group, std=self.std, min_std=self.min_std)
+        return advantage_B[scope.row]
+
+    @property
+    def own_needs(self) -> Needs:
+        return {} if self.judge is None else {self.judge: Says.SCORE}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"reward"}) if self.judge is None else frozenset()
+
+    def __str__(self) -> str:
+        name = "reward" if self.judge is None else f"score_{self.judge}"
+        return f"({name} - group mean)" + (" / group std" if self.std else "")
+
+
+@dataclass(frozen=True)
+class Discounted(Expression):
+    """sum_k gamma^k credit_{t+k}, the token itself included."""
+
+    inner: Expression
+    gamma: float
+    parts = ("inner",)
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        return math.credit.discounted(self.inner.value(scope), scope.row, self.gamma)
+
+    def __str__(self) -> str:
+        return f"Σ_k {self.gamma:g}^k ({self.inner})_t+k"
+
+
+@dataclass(frozen=True)
+class Band(Expression):
+    """A gate: old / behaviour where it lies in [low, high], 0 where the trainer and the sampler disagree more."""
+
+    low: float
+    high: float
+
+    def at(self, scope: Scope) -> Tensor:
+        return math.trust.band((scope.old - scope.behaviour).detach().exp(), self.low, self.high)
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"old", "behaviour"})
+
+    def __str__(self) -> str:
+        return f"band(π_old/μ, {self.low:g}, {self.high:g})"
+
+
+def log_ratio(judge: Judge, against: Against = "live") -> Expression:
+    """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient."""
+    return LogRatio(judge, against)
+
+
+def reward(judge: Judge | None = None, *, std: bool = False, min_std: float = 0.0) -> Expression:
+    """Group-centred reward from the task's verifier, or from a critic."""
+    return Reward(judge, std, min_std)
+
+
+def discounted(credit: Expression, gamma: float) -> Expression:
+    """Reward-to-go of a credit; gamma = 0 is the credit itself."""
+    return Discounted(credit, gamma) if gamma else credit
+
+
+def behaviour() -> Expression:
+    """The anchor of importance sampling: the engine that spoke."""
+    return Logp("behaviour")
+
+
+def old() -> Expression:
+    """The anchor of PPO: the student just before the first update on this batch."""
+    return Logp("old")
+
+
+def band(low: float, high: float) -> Expression:
+    """A masked importance weight between trainer and sampler."""
+    return Band(low, high)
+
+
+def union(many: Iterable[Needs]) -> dict[Judge, Says]:
+    """For each judge the most that anyone asks."""
+    out: dict[Judge, Says] = {}
+    for needs in many:
+        for judge, says in needs.items():
+            out[judge] = max(says, out.get(judge, Says.TEXT))
+    return out

@@ -1,0 +1,242 @@
+"""A method says who speaks and what the loss is. The rest is derived: what is asked of whom, and whether it can be.
+
+A method is one file in `opd/methods/`, a function of the file's name whose keyword-only arguments *are* its
+configuration. The command line, the recipe schema, the docs and the contract test find it by themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from importlib import import_module, util
+from math import floor
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Interval
+
+from opd.errors import UsageError
+from opd.loss import Loss, Objective, Push, learn
+from opd.schedule import Coefficient
+from opd.types import Judge, Says
+
+Share = Annotated[float, Interval(ge=0, le=1)]
+Positive = Annotated[float, Gt(0)]
+NotNegative = Annotated[float, Ge(0)]
+Group = Annotated[int, Ge(1)]
+Clip = tuple[NotNegative, NotNegative] | None
+
+__all__ = ["Clip", "Coefficient", "Group", "Method", "NotNegative", "Positive", "Share", "Speakers"]
+
+CRITIC = Judge("critic")
+REFERENCE = Judge("reference")
+TEACHER = Judge("teacher")
+
+
+@dataclass(frozen=True)
+class Speakers:
+    """Who samples the tokens: one speaker, a mixture by row, or both (rows of each for one prompt)."""
+
+    kind: Literal["one", "mixture", "both"]
+    shares: tuple[tuple[str, float], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(name for name, share in self.shares if share > 0)
+
+    def of(self, index: int) -> tuple[str, ...]:
+        """Who speaks to the prompt with this running number: exact shares over the run, without a coin."""
+        if self.kind != "mixture":
+            return self.names
+        total = 0.0
+        for name, share in self.shares:  # the speakers up to this one have had round(index * total) prompts
+            total += share
+            if round_half_up((index + 1) * total) > round_half_up(index * total):
+                return (name,)
+        return (self.shares[-1][0],)
+
+    def __str__(self) -> str:
+        if self.kind == "mixture":
+            return " + ".join(f"{share:g} {name}" for name, share in self.shares)
+        return " and ".join(self.names)
+
+
+def round_half_up(x: float) -> int:
+    """Nearest integer, halves upward and rounding noise forgiven, so that shares like 1/3 count exactly."""
+    return floor(x + 0.5 + 1e-9)
+
+
+def one(name: str) -> Speakers:
+    """A single speaker."""
+    return Speakers("one", ((name, 1.0),))
+
+
+def mixture(**shares: float) -> Speakers:
+    """A mixture by prompt: `mixture(student=0.5, data=0.5)`; a share of 0 is left out."""
+    kept = tuple((name, share) for name, share in shares.items() if share > 0)
+    return Speakers("mixture", kept) if len(kept) > 1 else one(kept[0][0])
+
+
+def both(*names: str) -> Speakers:
+    """Rows of each speaker for every prompt."""
+    return Speakers("both", tuple((name, 1.0) for name in names))
+
+
+@dataclass(frozen=True)
+class Method:
+    """Who speaks, the loss, how many samples a prompt gets, and what tells that it works (for the contract test)."""
+
+    speaks: Speakers
+    loss: Loss
+    group: int = 1
+    goal: Literal["teacher", "reward", "text"] = "teacher"
+    name: str = ""
+
+    @property
+    def needs(self) -> dict[Judge, Says]:
+        """What has to be heard of whom: the loss's needs, and text of whoever else speaks."""
+        needs = dict(self.loss.needs)
+        for name in self.speaks.names:
+            if name not in ("student", "data"):
+                needs.setdefault(Judge(name), Says.TEXT)
+        return needs
+
+    @property
+    def on_policy(self) -> bool:
+        return "student" in self.speaks.names
+
+    def with_critic(self, objective: Objective, group: int) -> Method:
+        """The same, while a critic learns from the student's samples beside it: GAD's warm-up."""
+        if self.loss.learned:
+            return self
+        names = tuple(dict.fromkeys(["student", *self.speaks.names]))
+        rows = [replace(t, source=t.source or self.speaks.names[0]) for t in self.loss.terms]
+        return replace(self, speaks=both(*names), loss=Loss(tuple(rows)) + learn(CRITIC, objective), group=group)
+
+
+# --- finding and building methods ------------------------------------------------------------------------------------
+
+
+def catalogue() -> dict[str, Callable[..., Method]]:
+    """Every method by name, alphabetically: the function of the file's name in each file of `opd/methods/`."""
+    from opd import methods
+
+    names = sorted(m.name for m in pkgutil.iter_modules(methods.__path__))
+    return {name: getattr(import_module(f"opd.methods.{name}"), name) for name in names}
+
+
+def find(name: str, folder: Path | None = None) -> Callable[..., Method]:
+    """A method by name, or a user's own as `./file.py:function` (relative to `folder`)."""
+    if ".py:" in name:
+        return function(name, folder)
+    known = catalogue()
+    if name not in known:
+        raise UsageError(f"there is no method `{name}`; there are {', '.join(known)}, or your own as `./file.py:name`")
+    return known[name]
+
+
+def function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
+    """The function that `./file.py:name` names; `UsageError` if there is none."""
+    file, _, name = spec.rpartition(":")
+    path = (folder or Path.cwd()) / file
+    if not path.is_file():
+        raise UsageError(f"`{spec}`: there is no file {path}")
+    module_spec = util.spec_from_file_location(path.stem, path)
+    assert module_spec is not None and module_spec.loader is not None
+    module = util.module_from_spec(module_spec)
+    module_spec.loader.exec_module(module)
+    if not callable(getattr(module, name, None)):
+        raise UsageError(f"`{spec}`: {path.name} has no function `{name}`")
+    found: Callable[..., Any] = getattr(module, name)
+    return found
+
+
+def build(name: str, args: Mapping[str, Any] | None = None, folder: Path | None = None) -> Method:
+    """The method with these arguments; they were checked against its signature when the recipe was read."""
+    return replace(find(name, folder)(**(args or {})), name=name)
+
+
+def describe(name: str, fn: Callable[..., Method]) -> dict[str, Any]:
+    """One row of the table of methods, from the code alone."""
+    method = fn()
+    return {
+        "name": name,
+        "speaks": str(method.speaks),
+        "judge": sorted({str(j) for j in method.needs}) or ["none"],
+        "needs": {str(j): s.name for j, s in sorted(method.needs.items(), key=lambda x: str(x[0]))},
+        "loss": str(method.loss),
+        "about": (inspect.getdoc(fn) or "").splitlines()[0],
+        "arguments": {k: str(p.default) for k, p in inspect.signature(fn).parameters.items()},
+    }
+
+
+# --- can it be done? -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a recipe offers a method: what each role can say, and what else the loss may read."""
+
+    roles: Mapping[str, Says]
+    reward: bool = False
+    responses: bool = False
+    truncated_sampling: str = ""  # e.g. "top_p = 0.9", when the sampled distribution is not the whole one
+
+
+def bind(method: Method, setting: Setting) -> None:
+    """Refuse in a sentence each what cannot work, before any model loads. Raises `UsageError` with all problems."""
+    name, problems = method.name or "this method", []
+    gives = {"student": Says.DENSE, "reference": Says.DENSE, "critic": Says.SCORE, **setting.roles}
+    for judge, says in method.needs.items():
+        if judge.role not in gives:
+            problems.append(
+                f"{name} needs a judge `{judge.role}`, and the recipe has none: add it under `teachers:` "
+                f"(there: {', '.join(setting.roles) or 'nothing'})"
+            )
+        elif says is not Says.SCORE and gives[judge.role] < says:
+            problems.append(_too_weak(name, judge.role, gives[judge.role], says))
+    if "reward" in method.loss.reads and not setting.reward:
+        problems.append(f"{name} reads the task's reward, and the recipe has none: add `reward: {{use: ...}}`")
+    if "data" in method.speaks.names and not setting.responses:
+        problems.append(
+            f"{name} learns from recorded answers, and the training data has none: give rows a `response`, or "
+            "`messages` that end with the assistant's"
+        )
+    problems += _pushes_given_text(method, setting)
+    if setting.truncated_sampling and any(isinstance(t.head, Push) for t in method.loss.terms):
+        problems.append(
+            f"{name} pushes sampled tokens by their probabilities, and speak.{setting.truncated_sampling} samples from "
+            "another distribution than the one it would be scored under: set it back to its full value"
+        )
+    if problems:
+        raise UsageError(*problems)
+
+
+_SAYS = {
+    Says.TEXT: "text only",
+    Says.TOKEN: "log-probabilities of given tokens",
+    Says.DENSE: "the whole next-token distribution",
+}
+
+
+def _too_weak(method: str, role: str, gives: Says, says: Says) -> str:
+    remedy = "a teacher given as `model:`"
+    if gives is Says.TEXT:
+        remedy += ", or a method that learns from text alone: gad, seqkd"
+    return f"{method} needs {_SAYS[says]} of `{role}`, which gives {_SAYS[gives]}. Use {remedy}"
+
+
+def _pushes_given_text(method: Method, setting: Setting) -> list[str]:
+    problems = []
+    for term in method.loss.terms:
+        rows = (term.source,) if term.source else method.speaks.names
+        given = [r for r in rows if r != "student"]
+        if "behaviour" in term.reads and given:
+            problems.append(
+                f"{method.name} weighs tokens by the probability they were sampled with, and rows spoken by "
+                f"{' and '.join(given)} have none recorded: restrict the term with `.on('student')` or anchor it at "
+                "`old()`"
+            )
+    return problems

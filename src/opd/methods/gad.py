@@ -1,0 +1,42 @@
+"""Generative adversarial distillation: a teacher of which only text is known."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from opd.loss import Objective, Per, learn, nll, old, push, reward
+from opd.method import CRITIC, Clip, Coefficient, Group, Method, NotNegative, both, one
+from opd.methods.grpo import to_reference
+
+
+def gad(
+    *,
+    group: Group = 8,
+    clip: Clip = (0.2, 0.2),
+    std: bool = True,
+    min_std: NotNegative = 0.0,
+    kl: Coefficient = 0.001,
+    kl_form: Literal["push", "k3"] = "push",
+    sft: Coefficient = 0.0,
+    objective: Literal["bradley_terry", "bce"] = "bradley_terry",
+    per: Per = "token",
+) -> Method:
+    """A critic learns to tell the teacher's answers from the student's; its score is the reward of GRPO.
+
+    Speaks: student, `group` samples a prompt (and teacher, when `sft` > 0). Judges: critic, SCORE; teacher, TEXT;
+    reference, TOKEN when kl > 0.
+    Loss: -mean over tokens of min(r A, clip(r) A), r = pi / pi_old, A = (D(y) - group mean) / (group std + 1e-6), D
+    the critic before this step's update; plus `kl` times the KL to the student at stage start (the warmed-up one),
+    plus `sft` times the cross entropy on the teacher's answer. The critic minimises -log sigmoid(D(teacher) -
+    D(student)) over the group, each distinct text scored once (`objective: bce` is the ablation's plain GAN).
+    Gradient: the student's through log pi of the sampled token, never through D; the critic's through D alone.
+    Source: GAD, arXiv 2511.10643, eq. 1-8 and algorithm 1 (max over G, min over D, of E[-log sigmoid(D(y_t) -
+    D(G(x)))]).
+    Differs from the paper in: the KL's form (`kl_form: k3` is the paper's code), degenerate groups get no credit
+    (`min_std`).
+    """
+    loss = push(reward(CRITIC, std=std, min_std=min_std), anchor=old(), clip=clip)
+    loss = (loss + to_reference(kl, kl_form)).per(per).on("student") + sft * nll().on("teacher")
+    speaks = both("student", "teacher") if sft != 0 else one("student")
+    critic = learn(CRITIC, Objective(objective, good="teacher", bad="student"))
+    return Method(speaks=speaks, loss=loss + critic, group=group, goal="text")

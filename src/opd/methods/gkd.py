@@ -36,8 +36,7 @@ def gkd(
         "skew_reverse_kl": (("alpha", alpha),),
     }
     if divergence == "jsd" and beta in (0.0, 1.0):
-        raise ValueError(
-            f"jsd with beta = {beta:g} is zero everywhere; as beta tends to 0 (1), jsd / beta tends to forward_kl (reverse_kl): name that"
-        )
+        limit = "forward_kl" if beta == 0 else "reverse_kl"
+        raise ValueError(f"jsd with beta = {beta:g} is zero everywhere; its limit per unit is {limit}: name that instead")
     chosen = Divergence(divergence, args.get(divergence, ()), temperature)
     return Method(speaks=mixture(student=on_policy, data=1 - on_policy), loss=match(TEACHER, chosen).per(per))

@@ -15,7 +15,7 @@ def token_opd(
     clip: Clip = None,
     per: Per = "token",
 ) -> Method:
-    """Raise each sampled token by how much likelier the teacher finds it: one forward pass of the teacher, no vocabulary.
+    """Raise each sampled token by how much likelier the teacher finds it: one teacher pass, no vocabulary.
 
     Speaks: student. Judge: teacher; says TOKEN.
     Loss: -mean over tokens of exp(log pi - log anchor) A_t, A_t = sum_k discount^k [log teacher - log

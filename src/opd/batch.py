@@ -1,0 +1,277 @@
+"""Rollouts packed for a loss: flat loss tokens of all rows, what judges said about them, and the weights of every term.
+
+Shapes: B rows, N loss tokens of all rows (a row's tokens adjacent, in order), V vocabulary, H a judge's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from opd.errors import OpdError
+from opd.expression import Expression
+from opd.head import Head, token_logp
+from opd.loss import Loss
+from opd.schedule import value
+from opd.types import Judge, Rollout
+
+
+@dataclass(frozen=True)
+class Token:
+    """A judge's log-probability of every loss token."""
+
+    logp_N: Tensor
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Token:
+        return Token(self.logp_N[at_N])
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A judge's distribution, carried exactly as hidden states and a head; logits are made where they are read."""
+
+    hidden_NH: Tensor
+    head: Head
+
+    def logits(self, at: Tensor | slice) -> Tensor:
+        with torch.no_grad():
+            return self.head.logits(self.hidden_NH[at])
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Dense:
+        return Dense(self.hidden_NH[at_N], self.head)
+
+
+@dataclass(frozen=True)
+class Score:
+    """A critic's number for every row."""
+
+    value_B: Tensor
+
+    def rows(self, _at_N: Tensor, rows_B: Tensor) -> Score:
+        return Score(self.value_B[rows_B])
+
+
+Signal = Token | Dense | Score
+
+
+@dataclass(frozen=True)
+class Batch:
+    """All that a loss may read. `position_N` is a loss token's place in its row; its logits are one place earlier."""
+
+    rollouts: tuple[Rollout, ...]
+    row_N: Tensor
+    position_N: Tensor
+    token_N: Tensor
+    behaviour_N: Tensor  # nan where the token was not sampled
+    group_B: Tensor
+    reward_B: Tensor
+    temperature: float
+    signals: Mapping[Judge, Signal] = field(default_factory=dict)
+    old_N: Tensor | None = None  # None: the same as live, no update has been made on this batch
+
+    @cached_property
+    def length_B(self) -> Tensor:
+        return torch.bincount(self.row_N, minlength=len(self.rollouts))
+
+    @cached_property
+    def logp_cache(self) -> dict[Judge, Tensor]:
+        return {}
+
+    def judged(self, judge: Judge) -> Tensor:
+        """[N] the judge's log-probability of the sampled tokens, at the rollouts' temperature."""
+        signal = self.signals[judge]
+        if isinstance(signal, Token):
+            return signal.logp_N
+        assert isinstance(signal, Dense), f"{judge} gave a score, not log-probabilities"
+        if judge not in self.logp_cache:
+            self.logp_cache[judge] = token_logp(signal.head, signal.hidden_NH, self.token_N, self.temperature)
+        return self.logp_cache[judge]
+
+    def rows(self, keep: Sequence[int]) -> Batch:
+        """The batch of some rows, in the order given. Groups keep their numbers."""
+        rows_B = torch.as_tensor(list(keep), dtype=torch.long, device=self.row_N.device)
+        start_B = self.length_B.cumsum(0) - self.length_B
+        spans = [torch.arange(int(start_B[r]), int(start_B[r] + self.length_B[r])) for r in keep]
+        at_N = (torch.cat(spans) if spans else torch.zeros(0, dtype=torch.long)).to(self.row_N.device)
+        number = torch.arange(len(keep), device=self.row_N.device)
+        return replace(
+            self,
+            rollouts=tuple(self.rollouts[r] for r in keep),
+            row_N=number.repeat_interleave(self.length_B[rows_B]),
+            position_N=self.position_N[at_N],
+            token_N=self.token_N[at_N],
+            behaviour_N=self.behaviour_N[at_N],
+            group_B=self.group_B[rows_B],
+            reward_B=self.reward_B[rows_B],
+            signals={j: s.rows(at_N, rows_B) for j, s in self.signals.items()},
+            old_N=None if self.old_N is None else self.old_N[at_N],
+        )
+
+
+def pack(
+    rollouts: Sequence[Rollout],
+    *,
+    temperature: float,
+    signals: Mapping[Judge, Signal] | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Batch:
+    """Flatten rollouts; rows of one prompt and one speaker are a group. Signals are given in the same flat order."""
+    row, position, token, behaviour = [], [], [], []
+    for r, rollout in enumerate(rollouts):
+        for p, spoken in enumerate(rollout.mask):
+            if spoken:
+                row.append(r)
+                position.append(p)
+                token.append(rollout.tokens[p])
+                behaviour.append(rollout.behaviour[p])
+    numbers: dict[tuple[str, str], int] = {}
+    group = [numbers.setdefault((r.prompt.id, r.speaker), len(numbers)) for r in rollouts]
+    reward = [float("nan") if r.reward is None else r.reward for r in rollouts]
+    long = {"dtype": torch.long, "device": device}
+    return Batch(
+        rollouts=tuple(rollouts),
+        row_N=torch.tensor(row, **long),  # type: ignore[call-overload]
+        position_N=torch.tensor(position, **long),  # type: ignore[call-overload]
+        token_N=torch.tensor(token, **long),  # type: ignore[call-overload]
+        behaviour_N=torch.tensor(behaviour, dtype=dtype, device=device),
+        group_B=torch.tensor(group, **long),  # type: ignore[call-overload]
+        reward_B=torch.tensor(reward, dtype=dtype, device=device),
+        temperature=temperature,
+        signals=dict(signals or {}),
+    )
+
+
+# --- what is computed once over an optimizer batch, before it is cut --------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """For every token term its weight per token (mask, mean and coefficient in one), and the wide expressions."""
+
+    weight_KN: Tensor  # [terms, N]
+    columns: Mapping[Expression, Tensor]  # each [N]
+
+    @property
+    def live_rows(self) -> Tensor:
+        """True for each token that some term counts."""
+        return (self.weight_KN != 0).any(0)
+
+
+class WholeScope:
+    """The scope of all tokens of an optimizer batch, for expressions that reach wider than one (`expression.Whole`)."""
+
+    def __init__(self, batch: Batch, live_N: Tensor | None) -> None:
+        self.batch, self._live_N = batch, live_N
+        self.row, self.group = batch.row_N, batch.group_B
+
+    @property
+    def behaviour(self) -> Tensor:
+        return self.batch.behaviour_N
+
+    @property
+    def live(self) -> Tensor:
+        assert self._live_N is not None, "a wide expression reads the live student, and no pass was made for it"
+        return self._live_N
+
+    @property
+    def old(self) -> Tensor:
+        return self.live if self.batch.old_N is None else self.batch.old_N
+
+    @property
+    def reward(self) -> Tensor:
+        return self.batch.reward_B
+
+    def judged(self, judge: Judge) -> Tensor:
+        return self.batch.judged(judge)
+
+    def scored(self, judge: Judge) -> Tensor:
+        signal = self.batch.signals[judge]
+        assert isinstance(signal, Score)
+        return signal.value_B
+
+    def column(self, expression: Expression) -> Tensor:
+        return expression.at(self)
+
+
+def needs_pass(loss: Loss, old_known: bool) -> bool:
+    """Whether a wide expression reads the student's log-probabilities, so that a pass must be made before the cut."""
+    wide = [w for t in loss.token_terms for e in t.expressions for w in e.wide()]
+    reads = frozenset().union(*(w.reads for w in wide)) if wide else frozenset()
+    return "live" in reads or ("old" in reads and not old_known)
+
+
+def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, total: Total | None = None) -> Prepared:
+    """Weights and columns for one optimizer batch.
+
+    Each term is divided by its own loss tokens (or sequences) over the whole optimizer batch; `total` adds the counts
+    over ranks. Raises `OpdError` where a column is nan on a token that counts: a missing score is never 0.
+    """
+    scope = WholeScope(batch, live_N)
+    columns: dict[Expression, Tensor] = {}
+    weights, problems = [], []
+    for term in loss.token_terms:
+        own_B = torch.tensor([term.source in (None, r.speaker) for r in batch.rollouts], device=batch.row_N.device)
+        own_N = own_B[batch.row_N].to(batch.behaviour_N.dtype)
+        counts = torch.stack([own_N.sum(), (own_B & (batch.length_B > 0)).sum().to(own_N.dtype)])
+        tokens, rows = (total or _here)(counts).clamp_min(1)
+        match term.per:
+            case "token":
+                mean_N = own_N / tokens
+            case "sequence":
+                mean_N = own_N / batch.length_B[batch.row_N] / rows
+            case "sequence_sum":
+                mean_N = own_N / rows
+        weights.append(value(term.coefficient, step) * mean_N)
+        read: dict[str, Tensor] = {}
+        with torch.no_grad():
+            for wide in (w for e in term.expressions for w in e.wide()):
+                if wide not in columns:
+                    columns[wide] = wide.at(scope).detach()
+                read[f"[{wide}]"] = columns[wide]
+        if "behaviour" in term.reads:
+            read["the log-probability they were sampled with"] = batch.behaviour_N
+        for judge in term.needs:
+            if isinstance(signal := batch.signals.get(judge), Token):
+                read[f"the log-probability of `{judge}`"] = signal.logp_N
+        for what, column_N in read.items():
+            missing = int((column_N.isnan() & (own_N > 0)).sum())
+            if missing:
+                problems.append(
+                    f"{missing} of the {int(own_N.sum())} loss tokens of {term.name} have no value for {what}"
+                )
+    if problems:
+        raise OpdError("; ".join(problems) + ": a missing score would teach as if it were one, so the run stops here")
+    weight_KN = torch.stack(weights) if weights else batch.behaviour_N.new_zeros((0, len(batch.row_N)))
+    return Prepared(weight_KN, columns)
+
+
+class Total:
+    """Adds a tensor over ranks; the identity in one process."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            x = x.clone()
+            dist.all_reduce(x)
+        return x
+
+    def named(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Sums by name over ranks; a rank that lacks a name adds nothing to it."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return sums
+        everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, list(sums))
+        zero = torch.zeros((), dtype=torch.float64)
+        return {k: self(sums.get(k, zero)) for k in sorted({n for names in everyone for n in names})}
+
+
+def _here(x: Tensor) -> Tensor:
+    return x

@@ -1,0 +1,259 @@
+"""A causal language model in this process: loading, its output head, and hidden states at the tokens that carry loss.
+
+Student, teachers and reference are all read through `CausalModel`. Rows are laid out for a forward pass in one of three
+ways that must not change a number: padded right (the default), padded left, or packed end to end.
+
+Shapes: b rows of a micro-batch, L their longest length, m their loss tokens, H width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from opd.batch import Batch
+from opd.errors import CheckFailed, UsageError
+from opd.head import Head
+
+Layout = Literal["right", "left", "packed"]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A micro-batch as the model takes it; `at` picks the hidden states [m, H] that predict its loss tokens."""
+
+    inputs: dict[str, Tensor]
+    line_m: Tensor
+    place_m: Tensor
+
+    def pick(self, h_bLH: Tensor) -> Tensor:
+        return h_bLH[self.line_m, self.place_m]
+
+
+def lay_out(batch: Batch, rows: Sequence[int], layout: Layout, pad: int = 0) -> Rows:
+    """Token ids, mask and positions of some rows. The mask comes from lengths, never from comparing ids with a pad."""
+    device = batch.row_N.device
+    tokens = [batch.rollouts[r].tokens for r in rows]
+    length = torch.tensor([len(t) for t in tokens])
+    line, place = [], []
+    starts = (length.cumsum(0) - length).tolist()
+    longest = int(length.max())
+    spans = _spans(batch, rows)
+    for i, span in enumerate(spans):
+        before = batch.position_N[span] - 1
+        shift = {"right": 0, "left": longest - int(length[i]), "packed": starts[i]}[layout]
+        line.append(torch.full_like(before, 0 if layout == "packed" else i))
+        place.append(before + shift)
+    if layout == "packed":
+        ids = torch.tensor([[t for row in tokens for t in row]])
+        inputs = {"input_ids": ids, "position_ids": torch.cat([torch.arange(n) for n in length.tolist()])[None]}
+    else:
+        fill = [pad] * longest
+        right = layout == "right"
+        ids = torch.tensor([[*t, *fill[len(t) :]] if right else [*fill[len(t) :], *t] for t in tokens])
+        mask = torch.arange(longest)[None] < length[:, None]
+        mask = mask if right else mask.flip(1)
+        inputs = {"input_ids": ids, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
+        if not bool(mask.all()):
+            inputs["attention_mask"] = mask.long()
+    return Rows({k: v.to(device) for k, v in inputs.items()}, torch.cat(line), torch.cat(place))
+
+
+def _spans(batch: Batch, rows: Sequence[int]) -> list[slice]:
+    end = batch.length_B.cumsum(0).tolist()
+    count = batch.length_B.tolist()
+    return [slice(end[r] - count[r], end[r]) for r in rows]
+
+
+def flat_index(batch: Batch, rows: Sequence[int]) -> Tensor:
+    """[m] where the loss tokens of these rows stand among all N."""
+    parts = [torch.arange(s.start, s.stop) for s in _spans(batch, rows)]
+    return (torch.cat(parts) if parts else torch.zeros(0, dtype=torch.long)).to(batch.row_N.device)
+
+
+def micro_batches(batch: Batch, rows: Sequence[int], tokens: int, layout: Layout = "right") -> list[list[int]]:
+    """Rows sorted by length and cut so that each cut holds at most `tokens`, padding included (longer rows alone)."""
+    order = sorted(rows, key=lambda r: (len(batch.rollouts[r].tokens), r))
+    cuts: list[list[int]] = []
+    used = 0
+    for r in order:
+        n = len(batch.rollouts[r].tokens)
+        grown = used + n if layout == "packed" else n * (len(cuts[-1]) + 1 if cuts else 1)
+        if cuts and grown <= tokens:
+            cuts[-1].append(r)
+            used = grown
+        else:
+            cuts.append([r])
+            used = n
+    return cuts
+
+
+@dataclass
+class CausalModel:
+    """A model with its backbone and head taken apart. `compute` is the type matrix products run in."""
+
+    module: nn.Module
+    head: Head
+    compute: torch.dtype = torch.float32
+    layout: Layout = "right"
+    name: str = ""
+    stop_ids: tuple[int, ...] = ()
+    adapter: str | None = None  # the LoRA adapter that is this model's own
+    gradient_checkpointing: bool = False
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def backbone(self) -> nn.Module:
+        return backbone(self.module)
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Float32 master weights, products in `compute`."""
+        if self.compute in (torch.float32, torch.float64):
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute)
+
+    def hidden(self, batch: Batch, rows: Sequence[int]) -> Tensor:
+        """[m, H] hidden states that predict the loss tokens of these rows; gradient as the caller's mode says."""
+        at = lay_out(batch, rows, self.layout)
+        with self.autocast():
+            out = self.backbone(**at.inputs, use_cache=False)
+        return at.pick(out.last_hidden_state)
+
+    @torch.no_grad()
+    def all_hidden(self, batch: Batch, tokens_per_pass: int = 32768) -> Tensor:
+        """[N, H] for every loss token, without gradient, in passes of its own size."""
+        out = torch.zeros(len(batch.row_N), self.head.weight.shape[1], dtype=self._dtype, device=self.device)
+        spoken = [r for r in range(len(batch.rollouts)) if batch.length_B[r]]
+        for cut in micro_batches(batch, spoken, tokens_per_pass, self.layout):
+            out[flat_index(batch, cut)] = self.hidden(batch, cut).to(out.dtype)
+        return out
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        return self.head.weight.dtype if self.compute == torch.float32 else self.compute
+
+    def frozen_copy(self, name: str) -> CausalModel:
+        """The model as it is now, without gradient: a reference."""
+        module = copy.deepcopy(self.module).requires_grad_(False)
+        return replace(self, module=module, head=read_head(module, self.head.vocab), name=name, extra={})
+
+
+# --- reading a Hugging Face model ------------------------------------------------------------------------------------
+
+
+def base(module: nn.Module) -> nn.Module:
+    """The causal LM under a peft wrapper, or the module itself."""
+    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[no-any-return, operator]
+
+
+def backbone(module: nn.Module) -> nn.Module:
+    """The part that turns ids into hidden states."""
+    inner = base(module)
+    found: nn.Module = getattr(inner, getattr(inner, "base_model_prefix", "model"))
+    return found
+
+
+def read_head(module: nn.Module, vocab: int | None = None) -> Head:
+    """Weight, bias, scale and softcap of the output layer, from the module and its config."""
+    inner = base(module)
+    linear = inner.get_output_embeddings()  # type: ignore[operator]
+    config = inner.config
+    scale = 1.0
+    if getattr(config, "logits_scaling", None):  # Granite divides
+        scale = 1.0 / float(config.logits_scaling)
+    elif getattr(config, "logit_scale", None):  # Cohere multiplies
+        scale = float(config.logit_scale)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    weight = linear.weight
+    return Head(weight, vocab or weight.shape[0], getattr(linear, "bias", None), scale, softcap)
+
+
+@torch.no_grad()
+def probe_head(model: CausalModel, tolerance: float = 1e-3) -> float:
+    """Largest difference of a tile's logits from the model's own, on a short row; `CheckFailed` above the tolerance."""
+    ids = torch.arange(8, device=model.device).remainder(model.head.vocab)[None]
+    with model.autocast():
+        own = base(model.module)(input_ids=ids, use_cache=False).logits[..., : model.head.vocab]
+        ours = model.head.logits(model.backbone(input_ids=ids, use_cache=False).last_hidden_state[0])
+    own, ours = own[0].double(), ours.double()
+    gap = float((own - ours).abs().max())
+    limit = tolerance * max(1.0, float(own.abs().max())) * (30 if model.compute == torch.bfloat16 else 1)
+    if not gap <= limit:
+        kind = type(base(model.module)).__name__
+        raise CheckFailed(
+            f"{model.name or kind}: logits made from its hidden states and output layer differ from its own by "
+            f"{gap:.3g} (limit {limit:.3g}). {kind} does something after the head that opd does not know: not usable"
+        )
+    return gap
+
+
+def load(
+    source: str | Path,
+    *,
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32",
+    device: str | torch.device = "cpu",
+    vocab: int | None = None,
+    trust_remote_code: bool = False,
+    drop_layers: int = 0,
+    frozen: bool = False,
+) -> CausalModel:
+    """A Hugging Face causal LM, ready to be read in tiles.
+
+    Weights of a trained model are float32 and `dtype` is what products run in; a frozen one is stored in `dtype`.
+    `drop_layers` removes that many of the last decoder layers. Only safetensors are read: pickled weights are refused.
+    """
+    from transformers import AutoModelForCausalLM
+
+    compute = getattr(torch, dtype)
+    stored = compute if frozen or dtype == "float64" else torch.float32
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            str(source), dtype=stored, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model `{source}` could not be loaded: {str(error).splitlines()[0]}") from error
+    if getattr(module.config, "is_encoder_decoder", False):
+        raise UsageError(f"model `{source}` is an encoder-decoder; opd distils decoders. TRL's GKD handles T5")
+    if drop_layers:
+        _drop_layers(module, drop_layers, str(source))
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+    module.to(device).eval()
+    if frozen:
+        module.requires_grad_(False)
+    stops = module.generation_config.eos_token_id if module.generation_config is not None else None
+    stops = module.config.eos_token_id if stops is None else stops
+    stop_ids = (stops,) if isinstance(stops, int) else tuple(stops or ())
+    head = read_head(module, vocab)
+    model = CausalModel(module, head, compute=compute, name=str(source), stop_ids=stop_ids)
+    probe_head(model)
+    return model
+
+
+def _drop_layers(module: nn.Module, count: int, source: str) -> None:
+    layers = next((m for _, m in backbone(module).named_children() if isinstance(m, nn.ModuleList)), None)
+    if layers is None or count >= len(layers):
+        have = "none that it can find" if layers is None else str(len(layers))
+        raise UsageError(f"student.drop_layers = {count}: `{source}` has {have} decoder layers")
+    del layers[len(layers) - count :]
+    config = module.config
+    config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[: len(layers)]  # type: ignore[union-attr, index]
+
+
+def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Parameters that learn, by name."""
+    return ((n, p) for n, p in module.named_parameters() if p.requires_grad)

@@ -1,0 +1,280 @@
+"""The model that learns: head, loss and backward in tiles; micro-batches; the optimizer step and its guards.
+
+Shapes: N loss tokens of a batch, m of a micro-batch, n of a tile, V vocabulary, K terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from opd import math
+from opd.batch import Batch, Dense, Prepared, Total, needs_pass, prepare
+from opd.errors import OpdError
+from opd.expression import Expression
+from opd.head import TILE, tiled_loss, token_logp
+from opd.loss import Loss, Match, Push
+from opd.model import CausalModel, flat_index, micro_batches, trained
+from opd.types import Judge
+
+
+class TileScope:
+    """The scope of some loss tokens with the vocabulary axis (`loss.Tile`). Gradient flows through `logits_nV`."""
+
+    def __init__(self, logits_nV: Tensor, batch: Batch, prepared: Prepared, at_n: Tensor) -> None:
+        self.batch, self.prepared, self.at = batch, prepared, at_n
+        self.logits_nV = logits_nV
+        self._student: dict[float, Tensor] = {}
+        self._judges: dict[tuple[Judge, float], Tensor] = {}
+
+    def student(self, temperature: float) -> Tensor:
+        if temperature not in self._student:
+            z_nV = self.logits_nV if temperature == 1 else self.logits_nV / temperature
+            self._student[temperature] = z_nV.log_softmax(-1)
+        return self._student[temperature]
+
+    def distribution(self, judge: Judge, temperature: float) -> Tensor:
+        key = (judge, temperature)
+        if key not in self._judges:
+            signal = self.batch.signals[judge]
+            assert isinstance(signal, Dense)
+            z_nV = signal.logits(self.at).to(self.logits_nV.dtype)
+            self._judges[key] = (z_nV if temperature == 1 else z_nV / temperature).log_softmax(-1)
+        return self._judges[key]
+
+    def _token(self, logp_nV: Tensor) -> Tensor:
+        return logp_nV.gather(-1, self.batch.token_N[self.at, None])[:, 0]
+
+    @property
+    def live(self) -> Tensor:
+        return self._token(self.student(self.batch.temperature))
+
+    @property
+    def target(self) -> Tensor:
+        return self._token(self.student(1.0))
+
+    @property
+    def old(self) -> Tensor:
+        return self.live.detach() if self.batch.old_N is None else self.batch.old_N[self.at]
+
+    @property
+    def behaviour(self) -> Tensor:
+        return self.batch.behaviour_N[self.at].nan_to_num()  # `prepare` refused nan wherever a term reads it
+
+    def judged(self, judge: Judge) -> Tensor:
+        signal = self.batch.signals[judge]
+        if isinstance(signal, Dense):
+            return self._token(self.distribution(judge, self.batch.temperature))
+        return self.batch.judged(judge)[self.at]
+
+    def column(self, expression: Expression) -> Tensor:
+        return self.prepared.columns[expression][self.at].nan_to_num()  # likewise
+
+
+@dataclass(frozen=True)
+class Optim:
+    """AdamW and what bounds its step. `lr` is set anew every step by the schedule."""
+
+    lr: float = 1e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    updates: int = 1  # optimizer batches a rollout batch is cut into
+    passes: int = 1  # times each of them is learned from
+    tokens_per_micro: int = 8192
+    tile: int = TILE
+
+
+def adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
+    """AdamW over the parameters that learn; matrices decay, vectors do not."""
+    matrices = [p for _, p in trained(module) if p.ndim >= 2]
+    vectors = [p for _, p in trained(module) if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": optim.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps)
+
+
+def measure(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, Tensor]) -> Tensor:
+    """The weighted loss of a tile (a scalar with gradient), its terms and diagnostics added to `sums`."""
+    total = tile.logits_nV.new_zeros(())
+    for k, term in enumerate(loss.token_terms):
+        weight_n = prepared.weight_KN[k, tile.at]
+        part = (weight_n * term.at(tile)).sum()
+        total = total + part
+        _add(sums, f"loss/{term.name}", part.detach())
+    with torch.no_grad():
+        _diagnose(loss, tile, prepared, sums)
+    return total
+
+
+def _diagnose(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, Tensor]) -> None:
+    on_n = (prepared.weight_KN[:, tile.at] != 0).any(0)
+    _add(sums, "count", on_n.sum())
+    _add(sums, "entropy/student_nats", math.divergence.entropy(tile.student(1.0))[on_n].sum())
+    for judge, signal in tile.batch.signals.items():
+        if isinstance(signal, Dense) and any(isinstance(t.head, Match) for t in loss.token_terms):
+            s, t = tile.student(1.0)[on_n], tile.distribution(judge, 1.0)[on_n]
+            _add(sums, "kl/reverse_nats", math.divergence.reverse_kl(s, t).sum())
+            _add(sums, "kl/forward_nats", math.divergence.forward_kl(s, t).sum())
+            _add(sums, "entropy/teacher_nats", math.divergence.entropy(t).sum())
+    pushes = [(k, t.head) for k, t in enumerate(loss.token_terms) if isinstance(t.head, Push)]
+    if pushes:
+        k, head = pushes[0]
+        own_n = prepared.weight_KN[k, tile.at] != 0
+        ratio = (tile.live - head.anchor.value(tile)).exp()[own_n]
+        credit = head.credit.value(tile)[own_n]
+        low, high = head.clip or (float("inf"), float("inf"))
+        stopped = ((credit > 0) & (ratio > 1 + high)) | ((credit < 0) & (ratio < 1 - low))
+        _add(sums, "push_count", own_n.sum())
+        _add(sums, "ratio/mean", ratio.sum())
+        _add(sums, "ratio/clipped_share", stopped.sum())
+
+
+def _add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
+    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device)) + x.double()
+
+
+class Trainee(nn.Module):
+    """The root module of a training forward: hidden states and the tiled loss are both inside it, so that tied weights,
+    adapters, autocast and sharding see ordinary gradients."""
+
+    def __init__(self, model: CausalModel) -> None:
+        super().__init__()
+        self.module = model.module
+        self.model = model
+
+    def forward(self, batch: Batch, rows: Sequence[int], value: Callable[[slice, Tensor], Tensor], tile: int) -> Tensor:
+        h_mH = self.model.hidden(batch, rows)
+        with self.model.autocast():
+            return tiled_loss(self.model.head, h_mH, value, tile)
+
+
+@dataclass
+class Student:
+    """A causal model with an optimizer. `version` counts its updates."""
+
+    model: CausalModel
+    optim: Optim
+    version: int = 0
+    optimizer: torch.optim.AdamW = field(init=False)
+    trainee: Trainee = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.trainee = Trainee(self.model)
+        self.fresh_optimizer()
+
+    def fresh_optimizer(self, optim: Optim | None = None) -> None:
+        """Start the moments anew, with other settings if given."""
+        self.optim = optim or self.optim
+        self.optimizer = adamw(self.model.module, self.optim)
+
+    @torch.no_grad()
+    def logp(self, batch: Batch) -> Tensor:
+        """[N] the trainer's own log-probabilities of the sampled tokens, at the rollouts' temperature."""
+        h_NH = self.model.all_hidden(batch, 4 * self.optim.tokens_per_micro)
+        with self.model.autocast():
+            return token_logp(self.model.head, h_NH, batch.token_N, batch.temperature, self.optim.tile)
+
+    def gradient(self, batch: Batch, loss: Loss, step: int = 0, total: Total | None = None) -> dict[str, float]:
+        """Add one optimizer batch's gradient to `.grad`; returns the loss, its terms and diagnostics."""
+        live = self.logp(batch) if needs_pass(loss, batch.old_N is not None) else None
+        prepared = prepare(loss, batch, step, live, total)
+        counted = set(batch.row_N[prepared.live_rows].tolist())
+        sums: dict[str, Tensor] = {}
+        for cut in micro_batches(batch, sorted(counted), self.optim.tokens_per_micro, self.model.layout):
+            at_m = flat_index(batch, cut)
+
+            def value(at: slice, logits_nV: Tensor, at_m: Tensor = at_m) -> Tensor:
+                return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, sums)
+
+            self.trainee(batch, cut, value, self.optim.tile).backward()
+        if total is not None:  # a rank without rows of its own still takes part in every sum
+            for _, p in trained(self.model.module):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        return _stats(sums, total)
+
+    def update(self, batch: Batch, loss: Loss, step: int, lr: float, total: Total | None = None) -> dict[str, float]:
+        """Learn from a rollout batch: `passes` times over `updates` optimizer batches of whole groups.
+
+        Raises `OpdError` for a loss or gradient that is not finite (before the optimizer step: no weight is touched)
+        and for a parameter that should have learned and has no gradient.
+        """
+        optim = self.optim
+        if optim.updates * optim.passes > 1 and "old" in loss.reads:
+            batch = replace(batch, old_N=self.logp(batch))
+        parts = whole_groups(batch, optim.updates)
+        stats: list[dict[str, float]] = []
+        for _ in range(optim.passes):
+            for part in parts:
+                self.optimizer.zero_grad(set_to_none=True)
+                one = self.gradient(batch if len(parts) == 1 else batch.rows(part), loss, step, total)
+                if "loss/total" not in one:
+                    continue
+                one["grad/norm"] = guarded_step(self.model.module, self.optimizer, optim.clip, lr, one, total)
+                stats.append(one)
+        self.version += bool(stats)
+        return {k: sum(s.get(k, 0.0) for s in stats) / len(stats) for k in (stats[0] if stats else {})}
+
+
+def whole_groups(batch: Batch, parts: int) -> list[list[int]]:
+    """Rows cut into `parts` of whole groups, as even as the order allows."""
+    groups: dict[str, list[int]] = {}
+    for r, rollout in enumerate(batch.rollouts):
+        groups.setdefault(rollout.prompt.id, []).append(r)
+    listed = list(groups.values())
+    size = -(-len(listed) // parts)
+    return [[r for g in listed[i : i + size] for r in g] for i in range(0, len(listed), size)]
+
+
+def guarded_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    clip: float,
+    lr: float,
+    stats: dict[str, float],
+    total: Total | None = None,
+) -> float:
+    """Reduce over ranks, check, clip, step. Returns the gradient's norm before clipping; a norm of 0 takes no step."""
+    named = list(trained(module))
+    silent = [n for n, p in named if p.grad is None]
+    if silent:
+        raise OpdError(
+            f"{len(silent)} of {len(named)} parameters that should learn got no gradient, the first is `{silent[0]}`: "
+            "the run stops rather than train a part of the model in silence"
+        )
+    if total is not None:
+        for _, p in named:
+            p.grad = total(p.grad)  # type: ignore[arg-type]
+    norm = float(nn.utils.clip_grad_norm_([p for _, p in named], clip if clip > 0 else float("inf")))
+    bad = [k for k, v in stats.items() if k.startswith("loss/") and v != v]
+    if norm != norm or norm == float("inf") or bad:
+        which = ", ".join(bad) or "no single term"
+        raise NotFiniteError(f"the gradient's norm is {norm} ({which} is nan): no weight was changed")
+    if norm > 0:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        optimizer.step()
+    return norm
+
+
+class NotFiniteError(OpdError):
+    """A loss or gradient that is nan or infinite."""
+
+
+def _stats(sums: dict[str, Tensor], total: Total | None) -> dict[str, float]:
+    if total is not None:
+        sums = total.named(sums)
+    if not sums:
+        return {}
+    out = {k: float(v) for k, v in sums.items()}
+    count, pushed = max(out.pop("count"), 1.0), max(out.pop("push_count", 0.0), 1.0)
+    for k in out:
+        if k.startswith(("kl/", "entropy/")):
+            out[k] /= count
+        elif k.startswith("ratio/"):
+            out[k] /= pushed
+    out["loss/total"] = sum(v for k, v in out.items() if k.startswith("loss/"))
+    return out

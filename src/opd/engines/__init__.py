@@ -1,0 +1,1 @@
+"""Who can speak or score: exact tables for tests, a model in this process, served engines."""

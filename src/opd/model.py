@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -126,7 +126,7 @@ class CausalModel:
     def hidden(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         """[m, H] hidden states that predict the loss tokens of these rows; gradient as the caller's mode says."""
         at = lay_out(batch, rows, self.layout)
-        with self.autocast():
+        with adapter(self.module, self.adapter), self.autocast():
             out = self.backbone(**at.inputs, use_cache=False)
         return at.pick(out.last_hidden_state)
 
@@ -144,7 +144,9 @@ class CausalModel:
         return self.head.weight.dtype if self.compute == torch.float32 else self.compute
 
     def frozen_copy(self, name: str) -> CausalModel:
-        """The model as it is now, without gradient: a reference."""
+        """The model as it is now, without gradient: a reference. Under LoRA, a copy of the adapter on the same base."""
+        if self.adapter is not None:
+            return replace(self, adapter=copy_adapter(self.module, self.adapter, name), name=name, extra={})
         module = copy.deepcopy(self.module).requires_grad_(False)
         return replace(self, module=module, head=read_head(module, self.head.vocab), name=name, extra={})
 
@@ -252,6 +254,36 @@ def _drop_layers(module: nn.Module, count: int, source: str) -> None:
     config.num_hidden_layers = len(layers)  # type: ignore[union-attr]
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[: len(layers)]  # type: ignore[union-attr, index]
+
+
+@contextmanager
+def adapter(module: nn.Module, name: str | None) -> Iterator[None]:
+    """Inside, this LoRA adapter of a peft model is the active one; afterwards the one before is again.
+
+    peft's `set_adapter` also moves `requires_grad` to the adapter it enters: a forward made under one adapter and a
+    backward under another leaves every gradient None without a word. So both end before the adapter is left.
+    """
+    before = getattr(module, "active_adapter", None)
+    if name is None or before == name:
+        yield
+        return
+    module.set_adapter(name)  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        module.set_adapter(before)  # type: ignore[operator]
+
+
+def copy_adapter(module: nn.Module, source: str, name: str) -> str:
+    """Add (or overwrite) a frozen adapter with the weights of another; returns its name."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    if name not in module.peft_config:  # type: ignore[operator]
+        module.add_adapter(name, module.peft_config[source])  # type: ignore[operator, index]
+    weights = {k: v.clone() for k, v in get_peft_model_state_dict(module, adapter_name=source).items()}
+    set_peft_model_state_dict(module, weights, adapter_name=name)
+    module.set_adapter(source)  # type: ignore[operator]
+    return name
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

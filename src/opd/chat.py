@@ -21,15 +21,17 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal
 
-from .errors import UsageError
-from .types import Finish, Prompt, Rollout, Turn
+from opd.errors import UsageError
+from opd.types import Finish, Message, Prompt, Rollout, Turn
+from opd.vocabulary import Tokenizer, content, same_tokenizer
 
-Tokenizer = Any  # a transformers tokenizer; typed loosely so that nothing here imports transformers
+__all__ = ["Renderer", "Think", "Tokenizer", "normalise", "renderer", "same_tokenizer"]
+
 Think = Literal["keep", "strip"]
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
@@ -69,12 +71,14 @@ class Renderer:
         """
         if self.template is None:
             return self._bos + self._literal(prompt.text)
-        contents = [message.content for message in prompt.messages]
-        found = self._specials.findall("\n".join(contents)) if self._specials else []
-        messages = [{"role": message.role, "content": message.content} for message in prompt.messages]
-        if not found:
-            return self._parsed(self._render(messages, where=prompt.where))
-        return self._defused(messages, sorted(set(found)), prompt.where)
+        return self._chat([*prompt.messages], prompt.where)
+
+    def whole_ids(self, prompt: Prompt, text: str) -> tuple[int, ...]:
+        """Ids of prompt and answer with all that the template writes after an answer: what reward models read."""
+        if self.template is None:
+            return self.prompt_ids(prompt) + self.answer_ids(text)
+        answer = Message("assistant", normalise(text, self.think))
+        return self._chat([*prompt.messages, answer], prompt.where, generate=False)
 
     def answer_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
         """Canonical ids of an answer as continued after any prompt; the stop token is appended when `finished`."""
@@ -184,8 +188,8 @@ class Renderer:
     def fingerprint(self) -> str:
         """Sixteen hex digits of everything here that decides ids: tokenizer content, template, stop ids, choices."""
         choices = [self.template, self.lead, self.think, list(self.stop_ids), dict(self.options)]
-        content = json.dumps([choices, _content(self.tokenizer)], sort_keys=True, default=str)
-        return hashlib.blake2b(content.encode(), digest_size=8).hexdigest()
+        everything = json.dumps([choices, content(self.tokenizer)], sort_keys=True, default=str)
+        return hashlib.blake2b(everything.encode(), digest_size=8).hexdigest()
 
     # -- encoding
 
@@ -231,24 +235,25 @@ class Renderer:
         longest_first = sorted(names - {""}, key=lambda name: (-len(name), name))
         return re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
 
-    def _render(self, messages: list[dict[str, str]], *, where: str = "", generate: bool = True) -> str:
-        return _render(self.tokenizer, self.template, messages, self.options, where, generate)
+    def _chat(self, messages: list[Message], where: str, *, generate: bool = True) -> tuple[int, ...]:
+        """Ids of messages under the template.
 
-    def _defused(self, messages: list[dict[str, str]], found: list[str], where: str) -> tuple[int, ...]:
-        """Ids of a prompt whose text contains the names of control tokens.
-
-        The names are carried through the template as marks and encoded as the characters they are.
+        Names of control tokens in them are carried through the template as marks and encoded as characters.
         """
-        everything = "".join(message["content"] for message in messages)
+        assert self.template is not None
+        chat = [{"role": message.role, "content": message.content} for message in messages]
+        everything = "\n".join(message.content for message in messages)
+        found = sorted(set(self._specials.findall(everything))) if self._specials else []
+        if not found:
+            return self._parsed(_render(self.tokenizer, self.template, chat, self.options, where, generate))
         mark = next(c for c in map(chr, range(0xE000, 0xF8FF)) if c not in everything)
         swap = {name: f"{mark}{k}{mark}" for k, name in enumerate(found)}
         assert self._specials is not None
-        marked = [
-            {**message, "content": self._specials.sub(lambda m: swap[m.group()], message["content"])}
-            for message in messages
-        ]
+        for message in chat:
+            message["content"] = self._specials.sub(lambda m: swap[m.group()], message["content"])
+        text = _render(self.tokenizer, self.template, chat, self.options, where, generate)
         ids: tuple[int, ...] = ()
-        for k, part in enumerate(re.split(f"{mark}(\\d+){mark}", self._render(marked, where=where))):
+        for k, part in enumerate(re.split(f"{mark}(\\d+){mark}", text)):
             if k % 2:
                 ids += self._continued(found[int(part)])
             elif k == 0:
@@ -315,7 +320,7 @@ def renderer(
 
 def _render(
     tokenizer: Tokenizer,
-    template: str | None,
+    template: str,
     messages: list[dict[str, str]],
     options: Mapping[str, Any],
     where: str,
@@ -347,53 +352,3 @@ def _lead(tokenizer: Tokenizer, template: str, options: Mapping[str, Any]) -> st
         return ""
     between = whole[len(before) :].partition(_ANSWER)[0] if whole.startswith(before) else ""
     return between if between.isspace() else ""
-
-
-PROBES = (
-    "Hello, world! It's 3.14159 and 1,234,567.",
-    "  two  spaces\tand a tab\n\nand lines \r\n end ",
-    "def f(x):\n    return {'a': [x**2, -x]}  # comment",
-    "naïve café ÀÉÎ ß ø ﬁ Ａ é",
-    "中文字符，日本語のテキスト。 한국어 العربية हिन्दी",
-    "🙂👩‍👩‍👧‍👦 ∑∫√ αβγ \\frac{1}{2}",
-    "ALLCAPS camelCase snake_case don't I'LL we've",
-    "aaaaaaaaaaaaaaaa!!!!!!!!--------",
-)
-
-
-def same_tokenizer(a: Tokenizer, b: Tokenizer) -> str | None:
-    """None when the two give every id the same meaning, else one sentence with the evidence.
-
-    Compared by content, not by name: the vocabularies of real tokens (rows that a model adds to pad its embedding
-    do not count), then the ids of a set of probe texts.
-    """
-    return next(_differences(a, b), None)
-
-
-def _differences(a: Tokenizer, b: Tokenizer) -> Iterator[str]:
-    vocab_a, vocab_b = a.get_vocab(), b.get_vocab()
-    shared = sorted(t for t in vocab_a.keys() & vocab_b.keys() if vocab_a[t] != vocab_b[t])
-    if shared:
-        t = shared[0]
-        yield f"{len(shared)} tokens have other ids, such as {t!r}: {vocab_a[t]} and {vocab_b[t]}"
-    only_a, only_b = sorted(vocab_a.keys() - vocab_b.keys()), sorted(vocab_b.keys() - vocab_a.keys())
-    if only_a or only_b:
-        yield (
-            f"the vocabularies have {len(vocab_a)} and {len(vocab_b)} tokens; only the first has {only_a[:3]} "
-            f"({len(only_a)} in all), only the second {only_b[:3]} ({len(only_b)} in all)"
-        )
-    for text in PROBES:
-        ids_a, ids_b = (list(t(text, add_special_tokens=False)["input_ids"]) for t in (a, b))
-        if ids_a != ids_b:
-            k = next((k for k, (x, y) in enumerate(zip(ids_a, ids_b, strict=False)) if x != y), 0)
-            cut = slice(max(0, k - 2), k + 4)
-            yield f"{text!r} is {ids_a[cut]} to one and {ids_b[cut]} to the other (from token {cut.start})"
-
-
-def _content(tokenizer: Tokenizer) -> Any:
-    """What decides a tokenizer's ids, as JSON data; padding and truncation, which callers switch, are left out."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
-    content = json.loads(backend.to_str())
-    return {key: value for key, value in content.items() if key not in ("padding", "truncation")}

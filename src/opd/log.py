@@ -100,7 +100,7 @@ class RunFolder:
             raise OpdError(
                 f"step {record.get('step', '?')}: {', '.join(sorted(bad))}. The update of this step cannot be trusted, "
                 f"so the run stops here and keeps its checkpoints in {self.checkpoints}; resume from one with a lower "
-                "train.lr or a tighter train.max_grad_norm, and look at the samples of the steps before"
+                "train.lr or a tighter train.clip, and look at the samples of the steps before"
             )
         rest = sorted(key for key in record if key not in _LEADING)
         self._append("metrics", {key: record[key] for key in (*_LEADING, *rest) if key in record})

@@ -14,7 +14,7 @@ from torch import Tensor
 from opd.batch import Batch, Dense, Score, Signal, Token
 from opd.chat import Renderer
 from opd.critic import Critic, Pairs, pair_up
-from opd.engines.base import Sampling
+from opd.engines.base import Sampling, Spoken
 from opd.engines.local import generate
 from opd.errors import UsageError
 from opd.head import token_logp
@@ -30,6 +30,7 @@ class Teachers:
     student: CausalModel
     models: Mapping[str, CausalModel] = field(default_factory=dict)
     answers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
+    voices: Mapping[str, Renderer] = field(default_factory=dict)  # of teachers with tokenizers of their own
     reference: CausalModel | None = None
     critic: Critic | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
@@ -52,8 +53,8 @@ class Teachers:
     def texts(self, role: str, prompts: Iterable[Prompt]) -> dict[str, tuple[Rollout, ...]]:
         """What a role answers to each prompt, as rollouts of given text, by prompt id.
 
-        Recorded answers are looked up. A model answers each prompt once, with noise that depends on the prompt alone, so
-        the same prompt meets the same text in every epoch and after every resume, as a recorded file would have it.
+        Recorded answers are looked up. A model answers each prompt once, with noise that depends on the prompt alone,
+        so that a prompt meets the same text in every epoch and after every resume, as if it had been recorded.
         """
         asked = {p.id: p for p in prompts}
         missing = [p for i, p in asked.items() if (role, i) not in self._said]
@@ -73,12 +74,12 @@ class Teachers:
 
     def sample(self, role: str, prompts: Sequence[Prompt], step: int, samples: int = 1) -> list[Rollout]:
         """Answers that a teacher's model samples now, in the order of the prompts."""
-        model = self.models[role]
-        spoken = speak_with(model, self.renderer, prompts, samples, self.sampling, self.seed, step, self.rows)
+        model, voice = self.models[role], self.voices.get(role, self.renderer)
+        spoken = speak_with(model, voice, prompts, samples, self.sampling, self.seed, step, self.rows)
         limit = self.sampling.max_tokens
         finished = lambda s: s.finish == "stop"
         return [  # canonical ids, as any other given text
-            self.renderer.given(p, self.renderer.text(s.tokens), role, k, finished=finished(s), max_tokens=limit)
+            self.renderer.given(p, voice.text(s.tokens), role, k, finished=finished(s), max_tokens=limit)
             for p, each in zip(prompts, spoken, strict=True)
             for k, s in enumerate(each)
         ]
@@ -137,7 +138,7 @@ def speak_with(
     step: int,
     rows: int,
     on_progress: Callable[[int, int], None] | None = None,
-) -> list[list]:  # type: ignore[type-arg]
+) -> list[list[Spoken]]:
     """`samples` answers a prompt from a model in this process, with the noise of (seed, step, prompt, sample)."""
     with adapter(model.module, model.adapter), model.autocast():
         return generate(

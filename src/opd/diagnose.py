@@ -1,0 +1,86 @@
+"""What goes wrong in a run, noticed while it runs: warnings with cause and remedy, and the alarm that stops it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+WINDOW = 10  # steps a number must stand out before it is worth a warning
+AGAIN = 100  # steps before the same warning may come again
+
+
+@dataclass
+class Watchdog:
+    """Running sums of a few metrics. Its state is plain data and is saved with the checkpoint."""
+
+    recent: dict[str, list[float]] = field(default_factory=dict)
+    said: dict[str, int] = field(default_factory=dict)
+    first_entropy: float | None = None
+    steps: int = 0
+    student_waits: bool = False
+    reason: str = ""
+
+    def look(self, stats: Mapping[str, float]) -> Iterator[tuple[str, str]]:
+        """Warnings that this step's numbers give rise to: what is seen, and what to do about it."""
+        self.steps += 1
+        for name, value in stats.items():
+            if name in _WATCHED:
+                self.recent[name] = [*self.recent.get(name, [])[-(WINDOW - 1) :], value]
+        if self.first_entropy is None and "entropy/student_nats" in stats:
+            self.first_entropy = stats["entropy/student_nats"]
+        for name, (bad, message, remedy) in _RULES.items():
+            values = self.recent.get(name, [])
+            mean = sum(values) / len(values) if values else 0.0
+            if (
+                len(values) == WINDOW
+                and bad(mean, self)
+                and self.steps - self.said.get(name + message, -AGAIN) >= AGAIN
+            ):
+                self.said[name + message] = self.steps
+                yield message.format(mean), remedy
+
+    def collapsed(self, before: Mapping[str, float], now: Mapping[str, float]) -> bool:
+        """Whether the run has gone so far below its start that going on costs more than it can bring."""
+        return False
+
+
+_WATCHED = {
+    "critic/accuracy",
+    "length/ratio",
+    "length/truncated_share",
+    "group/degenerate_share",
+    "entropy/student_nats",
+    "critic/length_only_accuracy",
+}
+_RULES = {
+    "length/truncated_share": (
+        lambda m, _: m > 0.1,
+        "{:.0%} of the student's answers hit speak.max_tokens",
+        "raise speak.max_tokens, or leave out prompts with long answers; a judge sees truncation, not quality",
+    ),
+    "group/degenerate_share": (
+        lambda m, _: m > 0.8,
+        "in {:.0%} of the groups all answers earn the same, so they teach nothing",
+        "raise the group or speak.temperature, or choose prompts of middling difficulty",
+    ),
+    "critic/accuracy": (
+        lambda m, _: m > 0.97,
+        "the critic tells teacher from student in {:.0%} of pairs: it may read a surface mark",
+        "look at the samples for a mark (length, format, an end); lower critic.lr or set critic.score_l2",
+    ),
+    "length/ratio": (
+        lambda m, _: m > 1.3 or m < 0.7,
+        "the student's answers are {:.2f} times as long as the teacher's",
+        "critics can reward length: keep the best inside eval.length_band, or lower train.lr",
+    ),
+    "entropy/student_nats": (
+        lambda m, w: w.first_entropy is not None and m < 0.1 * w.first_entropy,
+        "the student's entropy fell to {:.3f} nats, a tenth of where it began",
+        "lower train.lr, raise the KL to the reference, or stop here and keep the best",
+    ),
+    "critic/length_only_accuracy": (
+        lambda m, _: m > 0.85,
+        "length alone tells teacher from student in {:.0%} of pairs",
+        "warm up longer, so that lengths agree before the critic is obeyed",
+    ),
+}

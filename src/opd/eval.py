@@ -1,0 +1,147 @@
+"""What the student can do now: the same prompts and the same noise every time, so that evaluations can be paired."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from opd import metrics
+from opd import rewards as scoring
+from opd.critic import Critic
+from opd.engines.base import Sampling
+from opd.model import CausalModel
+from opd.rewards import Reward
+from opd.teachers import Teachers, speak_with
+from opd.types import Prompt, Rollout
+
+EVAL_STEP = 2**31  # the noise of evaluations: no training step has this number
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was said to the evaluation prompts in one manner (greedy or sampled), graded where there is a reward."""
+
+    rollouts: tuple[Rollout, ...]
+    right: tuple[bool, ...] | None  # whether each earned its full reward
+
+
+def answer(
+    model: CausalModel,
+    teachers: Teachers,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    samples: int,
+    rewards: Sequence[Reward],
+    seed: int,
+    rows: int,
+) -> Answers:
+    """Let a model speak to every prompt `samples` times and grade it."""
+    renderer = teachers.renderer
+    said = speak_with(model, renderer, prompts, samples, sampling, seed, EVAL_STEP, rows)
+    rollouts = [
+        renderer.spoken(p, renderer.prompt_ids(p), s.tokens, s.logp, s.finish, "student", k, 0)
+        for p, each in zip(prompts, said, strict=True)
+        for k, s in enumerate(each)
+    ]
+    if not rewards:
+        return Answers(tuple(rollouts), None)
+    graded = scoring.score(rewards, rollouts)
+    full = sum(max(r.weight, 0.0) for r in rewards)
+    right = tuple(r.finish != "length" and r.reward is not None and r.reward >= full - 1e-9 for r in graded)
+    return Answers(tuple(graded), right)
+
+
+def evaluate(
+    model: CausalModel,
+    teachers: Teachers,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    *,
+    rewards: Sequence[Reward] = (),
+    critic: Critic | None = None,
+    text_role: str | None = None,
+    greedy: bool = True,
+    sampled: bool = True,
+    samples: int = 1,
+    seed: int = 0,
+    rows: int = 256,
+) -> dict[str, float]:
+    """`eval/...` numbers over the prompts.
+
+    With rewards: accuracy (share that earns the full reward and ended by itself), greedy and sampled, with its Wilson
+    interval and by domain, and pass@k where there are several samples. With teacher text (`text_role`): n-gram F1 and
+    length ratio of the student's answers to it, and how often the critic tells them apart. Always: distinct-n, lengths
+    and truncation. `eval/dev_score` is the mean of the greedy and sampled accuracies that were measured, or the n-gram
+    F1 where nothing grades.
+    """
+    out: dict[str, float] = {"eval/prompts": float(len(prompts))}
+    manners: dict[str, Answers] = {}
+    ask = lambda s, n: answer(model, teachers, prompts, s, samples=n, rewards=rewards, seed=seed, rows=rows)
+    if greedy:
+        manners["accuracy"] = ask(replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0), 1)
+    if sampled or not greedy:
+        manners["accuracy_sampled"] = ask(sampling, samples)
+    for name, said in manners.items():
+        if said.right is not None:
+            out |= _accuracy(name, said, len(prompts))
+    for said in manners.values():
+        out |= _texts(said.rollouts)
+    last = list(manners.values())[-1]
+    texts = teachers.texts(text_role, prompts) if text_role else {}
+    if any(texts.values()):
+        out |= _against(last.rollouts, {i: tuple(t.text for t in each) for i, each in texts.items()})
+        if critic is not None and critic.steps:
+            pairs = teachers.pairs(last.rollouts, text_role or "teacher")
+            ranks = critic.ranks(critic.score(pairs.rows), pairs) if pairs.count else {}
+            if ranks:
+                out["critic/heldout_accuracy"] = ranks["critic/accuracy"]
+                out["critic/heldout_margin"] = ranks["critic/margin"]
+    accuracies = [out[f"eval/{name}"] for name in manners if f"eval/{name}" in out]
+    if accuracies:
+        out["eval/dev_score"] = sum(accuracies) / len(accuracies)
+    elif "eval/ngram_f1" in out:
+        out["eval/dev_score"] = out["eval/ngram_f1"]
+    return out
+
+
+def _accuracy(name: str, said: Answers, prompts: int) -> dict[str, float]:
+    assert said.right is not None
+    share = sum(said.right) / len(said.right)
+    low, high = metrics.wilson(sum(said.right), len(said.right))
+    out = {f"eval/{name}": share, f"eval/{name}_low": low, f"eval/{name}_high": high}
+    domains: dict[str, list[bool]] = {}
+    by_prompt: dict[str, list[bool]] = {}
+    for rollout, right in zip(said.rollouts, said.right, strict=True):
+        domains.setdefault(rollout.prompt.domain, []).append(right)
+        by_prompt.setdefault(rollout.prompt.id, []).append(right)
+    if len(domains) > 1:
+        for domain, rights in sorted(domains.items()):
+            out[f"eval/{domain or 'other'}/{name}"] = sum(rights) / len(rights)
+    k = min(len(v) for v in by_prompt.values())
+    if k > 1:
+        out[f"eval/pass_at_{k}"] = sum(metrics.pass_at_k(len(v), sum(v), k) for v in by_prompt.values()) / len(
+            by_prompt
+        )
+    return out
+
+
+def _texts(rollouts: Sequence[Rollout]) -> dict[str, float]:
+    texts = [r.text for r in rollouts]
+    return {
+        "eval/length_tokens": sum(r.spoken for r in rollouts) / max(1, len(rollouts)),
+        "eval/truncated_share": sum(r.finish == "length" for r in rollouts) / max(1, len(rollouts)),
+        "eval/distinct_1": metrics.distinct(texts, 1),
+        "eval/distinct_2": metrics.distinct(texts, 2),
+    }
+
+
+def _against(rollouts: Sequence[Rollout], texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+    known = [r for r in rollouts if texts.get(r.prompt.id)]
+    if not known:
+        return {}
+    f1 = [max(metrics.ngram_f1(r.text, t) for t in texts[r.prompt.id]) for r in known]
+    return {
+        "eval/ngram_f1": sum(f1) / len(f1),
+        "eval/length_ratio": metrics.length_ratio([r.text for r in known], [texts[r.prompt.id][0] for r in known]),
+    }

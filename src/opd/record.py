@@ -1,0 +1,198 @@
+"""What a run writes down: documents at its start, numbers and samples of each step, the model at its end."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from opd import math, recipe
+from opd.assemble import Leg, Parts, model_path
+from opd.batch import Batch, Dense, Score, Token
+from opd.chat import Renderer
+from opd.critic import Critic
+from opd.lock import lock
+from opd.log import RunFolder
+from opd.method import CRITIC, Method
+from opd.metrics import length_only_accuracy
+from opd.model import CausalModel, adapter
+from opd.teachers import Teachers
+from opd.types import Rollout, Says
+
+
+def begin(
+    folder: RunFolder,
+    chosen: recipe.Recipe,
+    origins: Mapping[str, str],
+    planned: Mapping[str, Any],
+    parts: Parts,
+    base: Path,
+    device: str,
+) -> None:
+    """recipe.yaml, origins.json, plan.json and lock.json, before the first step."""
+    folder.write_text("recipe.yaml", recipe.dump(chosen))
+    folder.write_json("origins.json", dict(origins))
+    folder.write_json("plan.json", {**planned, "reads": list(parts.notes)})
+    named = {"student": chosen.student.model} | {r: t.model for r, t in chosen.teachers.items() if t.model}
+    places = {role: Path(model_path(model)) for role, model in named.items()}
+    locked = lock(
+        seed=chosen.run.seed,
+        threads=torch.get_num_threads(),
+        device=device,
+        models={role: place for role, place in places.items() if place.is_dir()},
+    )
+    folder.write_json("lock.json", {**locked, "hashes": dict(parts.hashes), "base": str(base)})
+    for note in parts.notes:
+        folder.event(0, "note", note)
+
+
+def describe(batch: Batch, method: Method) -> dict[str, float]:
+    """Numbers of a step's rollouts: rewards, scores, groups, lengths, tokens."""
+    students = [r for r in batch.rollouts if r.speaker == "student"]
+    given = [r for r in batch.rollouts if r.speaker != "student"]
+    out = {
+        "tokens/generated": float(sum(r.spoken for r in students)),
+        "tokens/trained": float(sum(r.spoken for r in _counted(batch, method))),
+    }
+    if students:
+        out["length/student_tokens"] = sum(r.spoken for r in students) / len(students)
+        out["length/truncated_share"] = sum(r.finish == "length" for r in students) / len(students)
+    if given:
+        out["length/teacher_tokens"] = sum(r.spoken for r in given) / len(given)
+    if "reward" in method.loss.reads:
+        out |= _spread("reward", batch.reward_B, batch)
+        for name in students[0].rewards if students else ():
+            out[f"reward/{name}"] = sum(r.rewards[name] for r in students) / len(students)
+    signal = batch.signals.get(CRITIC)
+    if isinstance(signal, Score):
+        out |= _spread("score", signal.value_B, batch)
+    return out
+
+
+def critic_view(rollouts: Sequence[Rollout], teachers: Teachers, good: str) -> dict[str, float]:
+    """Lengths of student against teacher text, and how far length alone tells them apart."""
+    students = [r for r in rollouts if r.speaker == "student"]
+    texts = teachers.texts(good, (r.prompt for r in students))
+    pairs = [(texts[r.prompt.id][0].spoken, r.spoken) for r in students if texts[r.prompt.id]]
+    if not pairs:
+        return {}
+    teacher, student = (sum(x) / len(pairs) for x in zip(*pairs, strict=True))
+    return {
+        "length/teacher_tokens": teacher,
+        "length/ratio": student / max(teacher, 1e-9),
+        "critic/length_only_accuracy": length_only_accuracy([t for t, _ in pairs], [s for _, s in pairs]),
+    }
+
+
+def _spread(name: str, value_B: torch.Tensor, batch: Batch) -> dict[str, float]:
+    own = torch.tensor([r.speaker == "student" for r in batch.rollouts], device=value_B.device)
+    values, groups = value_B[own].double(), batch.group_B[own]
+    if not len(values):
+        return {}
+    dead = math.credit.degenerate_groups(values, groups)
+    out = {f"{name}/mean": float(values.mean()), f"{name}/std": float(values.std(unbiased=False))}
+    return {**out, "group/degenerate_share": float(dead.double().mean())}
+
+
+def _counted(batch: Batch, method: Method) -> list[Rollout]:
+    sources = {t.source for t in method.loss.token_terms}
+    return [r for r in batch.rollouts if None in sources or r.speaker in sources]
+
+
+def samples(chosen: recipe.Recipe, teachers: Teachers, leg: Leg, batch: Batch, step: int) -> Iterator[dict[str, Any]]:
+    """Lines of samples.jsonl: the first rows of the step, with the teacher's text, scores and per-token log-ratios."""
+    rows = [i for i, r in enumerate(batch.rollouts) if r.speaker == "student"] or list(range(len(batch.rollouts)))
+    rows = rows[: chosen.run.sample_rows]
+    if not rows:
+        return
+    part = batch.rows(rows)
+    role = next((j.role for j, s in leg.method.needs.items() if s is Says.TEXT), None)
+    texts = teachers.texts(role, (r.prompt for r in part.rollouts)) if role else {}
+    score = part.signals.get(CRITIC)
+    judge = next((j for j, s in part.signals.items() if isinstance(s, (Token, Dense)) and j.role != "reference"), None)
+    gap_N = part.behaviour_N - part.judged(judge) if judge else None
+    teacher_score: dict[str, float] = {}
+    if isinstance(score, Score) and teachers.critic is not None:
+        firsts = {i: t[0] for i, t in texts.items() if t}
+        values = teachers.critic.score([teachers.renderer.canonical(t).tokens for t in firsts.values()]).tolist()
+        teacher_score = dict(zip(firsts, values, strict=True))
+    for i, rollout in enumerate(part.rollouts):
+        spoken = [t for t, m in zip(rollout.tokens, rollout.mask, strict=True) if m]
+        said = texts.get(rollout.prompt.id, ())
+        yield {
+            "step": step,
+            "stage": leg.name,
+            "prompt_id": rollout.prompt.id,
+            "prompt": rollout.prompt.text,
+            "domain": rollout.prompt.domain,
+            "sample": rollout.sample,
+            "speaker": rollout.speaker,
+            "text": rollout.text,
+            "finish": rollout.finish,
+            "tokens": len(spoken),
+            "reward": rollout.reward,
+            "score": float(score.value_B[i]) if isinstance(score, Score) else None,
+            "teacher_text": said[0].text if said else None,
+            "teacher_score": teacher_score.get(rollout.prompt.id),
+            "kl_per_token": _numbers(gap_N[part.row_N == i]) if gap_N is not None else None,
+            "pieces": list(teachers.renderer.pieces(spoken)) if gap_N is not None else None,
+        }
+
+
+def _numbers(x_n: torch.Tensor) -> list[float | None]:
+    return [None if v != v else round(v, 4) for v in x_n.tolist()]
+
+
+def flops(
+    student: CausalModel, critic: Critic | None, teachers: Teachers, method: Method, batch: Batch, *, learning: bool
+) -> float:
+    """Floating-point operations of a step by the usual count: 2 a parameter and token forward, 6 to learn.
+
+    Embedding look-ups are free; the output head counts. Attention's own products are left out.
+    """
+    size = lambda m: sum(p.numel() for p in m.backbone.parameters()) - _embeddings(m) + m.head.weight.numel()
+    length = lambda rows: float(sum(len(r.tokens) for r in rows))
+    students = [r for r in batch.rollouts if r.speaker == "student"]
+    own = size(student)
+    total = 2 * own * length(students)
+    if learning:
+        total += 6 * own * length(_counted(batch, method))
+    for judge, says in method.needs.items():
+        if says in (Says.TOKEN, Says.DENSE):
+            total += 2 * size(teachers.model(judge.role)) * length(batch.rollouts)
+    if critic is not None and method.loss.learned:
+        total += (2 + 6) * size(critic.model) * length(students) * (1 + 1 / max(1, method.group))
+    return total
+
+
+def _embeddings(model: CausalModel) -> int:
+    from opd.model import base
+
+    table = getattr(base(model.module), "get_input_embeddings", lambda: None)()
+    return table.weight.numel() if table is not None else 0
+
+
+def keep_rollouts(folder: RunFolder, step: int, rollouts: Sequence[Rollout]) -> Path:
+    """The rollouts of a step that went wrong, for a person to look at."""
+    path = folder.path / "debug" / f"step-{step:06d}.jsonl"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for rollout in rollouts:
+            file.write(json.dumps(asdict(rollout), ensure_ascii=False, default=str) + "\n")
+    return path
+
+
+def write_model(folder: Path, model: CausalModel, renderer: Renderer) -> None:
+    """The student as a folder that `from_pretrained` loads: merged when it was trained by LoRA."""
+    import copy
+
+    module: Any = model.module
+    if model.adapter is not None:
+        with adapter(module, model.adapter):
+            module = copy.deepcopy(module).merge_and_unload(adapter_names=[model.adapter])
+    module.save_pretrained(folder, safe_serialization=True)
+    renderer.tokenizer.save_pretrained(folder)

@@ -5,7 +5,7 @@ Shapes: B rows, N loss tokens of all rows (a row's tokens adjacent, in order), V
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -124,6 +124,11 @@ def pack(
     row, position, token, behaviour = [], [], [], []
     for r, rollout in enumerate(rollouts):
         for p, spoken in enumerate(rollout.mask):
+            if spoken and p == 0:
+                raise OpdError(
+                    f"prompt {rollout.prompt.id} ({rollout.prompt.where or 'no file'}): the first token of its row "
+                    "carries loss, and nothing precedes it to predict it from: give the prompt at least one token"
+                )
             if spoken:
                 row.append(r)
                 position.append(p)
@@ -132,14 +137,14 @@ def pack(
     numbers: dict[tuple[str, str], int] = {}
     group = [numbers.setdefault((r.prompt.id, r.speaker), len(numbers)) for r in rollouts]
     reward = [float("nan") if r.reward is None else r.reward for r in rollouts]
-    long = {"dtype": torch.long, "device": device}
+    long: Callable[[list[int]], Tensor] = lambda numbers: torch.tensor(numbers, dtype=torch.long, device=device)
     return Batch(
         rollouts=tuple(rollouts),
-        row_N=torch.tensor(row, **long),  # type: ignore[call-overload]
-        position_N=torch.tensor(position, **long),  # type: ignore[call-overload]
-        token_N=torch.tensor(token, **long),  # type: ignore[call-overload]
+        row_N=long(row),
+        position_N=long(position),
+        token_N=long(token),
         behaviour_N=torch.tensor(behaviour, dtype=dtype, device=device),
-        group_B=torch.tensor(group, **long),  # type: ignore[call-overload]
+        group_B=long(group),
         reward_B=torch.tensor(reward, dtype=dtype, device=device),
         temperature=temperature,
         signals=dict(signals or {}),
@@ -155,6 +160,7 @@ class Prepared:
 
     weight_KN: Tensor  # [terms, N]
     columns: Mapping[Expression, Tensor]  # each [N]
+    step: int = 0
 
     @property
     def live_rows(self) -> Tensor:
@@ -165,8 +171,8 @@ class Prepared:
 class WholeScope:
     """The scope of all tokens of an optimizer batch, for expressions that reach wider than one (`expression.Whole`)."""
 
-    def __init__(self, batch: Batch, live_N: Tensor | None) -> None:
-        self.batch, self._live_N = batch, live_N
+    def __init__(self, batch: Batch, live_N: Tensor | None, step: int) -> None:
+        self.batch, self._live_N, self.step = batch, live_N, step
         self.row, self.group = batch.row_N, batch.group_B
 
     @property
@@ -209,13 +215,14 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
     """Weights and columns for one optimizer batch.
 
     Each term is divided by its own loss tokens (or sequences) over the whole optimizer batch; `total` adds the counts
-    over ranks. Raises `OpdError` where a column is nan on a token that counts: a missing score is never 0.
+    over ranks. Raises `OpdError` where a column is nan or infinite on a token that counts: a missing score is never 0.
     """
-    scope = WholeScope(batch, live_N)
+    scope = WholeScope(batch, live_N, step)
     columns: dict[Expression, Tensor] = {}
     weights, problems = [], []
     for term in loss.token_terms:
-        own_B = torch.tensor([term.source in (None, r.speaker) for r in batch.rollouts], device=batch.row_N.device)
+        own = [term.source in (None, r.speaker) for r in batch.rollouts]
+        own_B = torch.tensor(own, dtype=torch.bool, device=batch.row_N.device)
         own_N = own_B[batch.row_N].to(batch.behaviour_N.dtype)
         counts = torch.stack([own_N.sum(), (own_B & (batch.length_B > 0)).sum().to(own_N.dtype)])
         tokens, rows = (total or _here)(counts).clamp_min(1)
@@ -239,15 +246,15 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             if isinstance(signal := batch.signals.get(judge), Token):
                 read[f"the log-probability of `{judge}`"] = signal.logp_N
         for what, column_N in read.items():
-            missing = int((column_N.isnan() & (own_N > 0)).sum())
+            missing = int((~column_N.isfinite() & (own_N > 0)).sum())
             if missing:
                 problems.append(
-                    f"{missing} of the {int(own_N.sum())} loss tokens of {term.name} have no value for {what}"
+                    f"{missing} of the {int(own_N.sum())} loss tokens of {term.name} have no finite value for {what}"
                 )
     if problems:
         raise OpdError("; ".join(problems) + ": a missing score would teach as if it were one, so the run stops here")
     weight_KN = torch.stack(weights) if weights else batch.behaviour_N.new_zeros((0, len(batch.row_N)))
-    return Prepared(weight_KN, columns)
+    return Prepared(weight_KN, columns, step)
 
 
 class Total:
@@ -269,7 +276,8 @@ class Total:
             return sums
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, list(sums))
-        zero = torch.zeros((), dtype=torch.float64)
+        device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
+        zero = torch.zeros((), dtype=torch.float64, device=device)
         return {k: self(sums.get(k, zero)) for k in sorted({n for names in everyone for n in names})}
 
 

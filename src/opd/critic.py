@@ -118,7 +118,7 @@ class Critic:
         inputs = {"input_ids": ids, "position_ids": torch.arange(longest)[None].expand_as(ids)}
         if not bool(mask.all()):
             inputs["attention_mask"] = mask.long()
-        with self.model.autocast():
+        with self.model.autocast(), self.model.recomputing():
             h_RLH = self.model.backbone(**{k: v.to(device) for k, v in inputs.items()}, use_cache=False)
             last_RH = h_RLH.last_hidden_state[torch.arange(len(rows), device=device), (length - 1).to(device)]
         return self.module.score(last_RH.to(self.module.score.weight.dtype))[:, 0]  # type: ignore[no-any-return]
@@ -176,7 +176,7 @@ class Critic:
                 for cut in cuts:
                     (self._forward([pairs.rows[i] for i in cut]) * g_R[cut]).sum().backward()
             stats = {"critic/loss": float(loss.detach()), **self.ranks(scored.detach(), pairs)}
-            if total is not None:
+            if total is not None and not pairs.count:
                 for _, p in trained(learner):
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             stats["critic/grad_norm"] = guarded_step(learner, self.optimizer, self.optim.clip, lr, stats, total)

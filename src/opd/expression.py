@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
+from opd.schedule import Coefficient, Schedule, value
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
@@ -33,9 +34,21 @@ class Reach(IntEnum):
 class Scope(Protocol):
     """What an expression may read. N: loss tokens in sight; log-probabilities are of the sampling distribution."""
 
-    live: Tensor  # [N] the student now
-    old: Tensor  # [N] the student in the trainer, just before the first update on this batch
-    behaviour: Tensor  # [N] the engine that spoke
+    @property
+    def live(self) -> Tensor:
+        """[N] the student now."""
+
+    @property
+    def old(self) -> Tensor:
+        """[N] the student in the trainer, just before the first update on this batch."""
+
+    @property
+    def behaviour(self) -> Tensor:
+        """[N] the engine that spoke."""
+
+    @property
+    def step(self) -> int:
+        """The step of the stage, for scheduled factors."""
 
     def judged(self, judge: Judge) -> Tensor:
         """[N] the judge's log-probability of the sampled token."""
@@ -47,9 +60,17 @@ class Scope(Protocol):
 class Whole(Scope, Protocol):
     """The scope of a whole optimizer batch. B: rows."""
 
-    row: Tensor  # [N] the row of each token
-    group: Tensor  # [B] rows of one prompt and one speaker share a number
-    reward: Tensor  # [B]
+    @property
+    def row(self) -> Tensor:
+        """[N] the row of each token."""
+
+    @property
+    def group(self) -> Tensor:
+        """[B] rows of one prompt and one speaker share a number."""
+
+    @property
+    def reward(self) -> Tensor:
+        """[B] the task's."""
 
     def scored(self, judge: Judge) -> Tensor:
         """[B] what a critic gave each row."""
@@ -98,10 +119,25 @@ class Expression:
                 yield from child.wide()
 
     def __add__(self, other: Expression) -> Expression:
-        return Sum(self, other)
+        return self if isinstance(other, Zero) else Sum(self, other)
 
-    def __rmul__(self, factor: float) -> Expression:
-        return Scaled(factor, self)
+    def __rmul__(self, factor: Coefficient) -> Expression:
+        """Scale; a factor of 0 removes the expression and with it what it would have asked."""
+        return Zero() if factor == 0 else Scaled(factor, self)
+
+
+@dataclass(frozen=True)
+class Zero(Expression):
+    """Nothing: asks nobody, reads nothing, vanishes in a sum."""
+
+    def at(self, scope: Scope) -> Tensor:
+        return scope.behaviour.new_zeros(scope.behaviour.shape)
+
+    def __add__(self, other: Expression) -> Expression:
+        return other
+
+    def __str__(self) -> str:
+        return "0"
 
 
 @dataclass(frozen=True)
@@ -123,15 +159,16 @@ class Sum(Expression):
 class Scaled(Expression):
     """factor * inner."""
 
-    factor: float
+    factor: Coefficient
     inner: Expression
     parts = ("inner",)
 
     def at(self, scope: Scope) -> Tensor:
-        return self.factor * self.inner.value(scope)
+        return value(self.factor, scope.step) * self.inner.value(scope)
 
     def __str__(self) -> str:
-        return f"{self.factor:g} ({self.inner})"
+        factor = str(self.factor) if isinstance(self.factor, Schedule) else f"{self.factor:g}"
+        return f"{factor} ({self.inner})"
 
 
 @dataclass(frozen=True)

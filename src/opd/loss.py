@@ -77,7 +77,9 @@ class Divergence:
 class Tile(Scope, Protocol):
     """The scope of some tokens with the vocabulary axis; gradient flows through `live` and `student`."""
 
-    target: Tensor  # [n] log-probability of the sampled token at temperature 1, for nll
+    @property
+    def target(self) -> Tensor:
+        """[n] log-probability of the sampled token at temperature 1, for nll."""
 
     def student(self, temperature: float) -> Tensor:
         """[n, V] the student's log-probabilities at this temperature."""

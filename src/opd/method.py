@@ -50,11 +50,12 @@ class Speakers:
         """Who speaks to the prompt with this running number: exact shares over the run, without a coin."""
         if self.kind != "mixture":
             return self.names
-        total = 0.0
-        for name, share in self.shares:  # the speakers up to this one have had round(index * total) prompts
-            total += share
-            if round_half_up((index + 1) * total) > round_half_up(index * total):
+        left = sum(share for _, share in self.shares)
+        for name, share in self.shares[:-1]:  # of `index` prompts so far this speaker has had round(index * share)
+            before = round_half_up(index * share / left)
+            if round_half_up((index + 1) * share / left) > before:
                 return (name,)
+            index, left = index - before, left - share  # the others share the rest among themselves
         return (self.shares[-1][0],)
 
     def __str__(self) -> str:
@@ -111,6 +112,8 @@ class Method:
         """The same, while a critic learns from the student's samples beside it: GAD's warm-up."""
         if self.loss.learned:
             return self
+        if self.on_policy:
+            return replace(self, loss=self.loss + learn(CRITIC, objective))
         names = tuple(dict.fromkeys(["student", *self.speaks.names]))
         rows = [replace(t, source=t.source or self.speaks.names[0]) for t in self.loss.terms]
         return replace(self, speaks=both(*names), loss=Loss(tuple(rows)) + learn(CRITIC, objective), group=group)
@@ -155,7 +158,10 @@ def function(spec: str, folder: Path | None = None) -> Callable[..., Any]:
 
 def build(name: str, args: Mapping[str, Any] | None = None, folder: Path | None = None) -> Method:
     """The method with these arguments; they were checked against its signature when the recipe was read."""
-    return replace(find(name, folder)(**(args or {})), name=name)
+    try:
+        return replace(find(name, folder)(**(args or {})), name=name)
+    except ValueError as error:  # a method's own refusal of arguments that do not go together
+        raise UsageError(f"method {name}: {error}") from error
 
 
 def describe(name: str, fn: Callable[..., Method]) -> dict[str, Any]:
@@ -195,7 +201,7 @@ def bind(method: Method, setting: Setting) -> None:
                 f"{name} needs a judge `{judge.role}`, and the recipe has none: add it under `teachers:` "
                 f"(there: {', '.join(setting.roles) or 'nothing'})"
             )
-        elif says is not Says.SCORE and gives[judge.role] < says:
+        elif not _suffices(gives[judge.role], says):
             problems.append(_too_weak(name, judge.role, gives[judge.role], says))
     if "reward" in method.loss.reads and not setting.reward:
         problems.append(f"{name} reads the task's reward, and the recipe has none: add `reward: {{use: ...}}`")
@@ -211,17 +217,25 @@ def bind(method: Method, setting: Setting) -> None:
             "another distribution than the one it would be scored under: set it back to its full value"
         )
     if problems:
-        raise UsageError(*problems)
+        raise UsageError(*dict.fromkeys(problems))
+
+
+def _suffices(gives: Says, asked: Says) -> bool:
+    """Text, tokens and distributions weaken to one another; a score comes from a critic, which gives nothing else."""
+    return gives is asked if Says.SCORE in (gives, asked) else gives >= asked
 
 
 _SAYS = {
     Says.TEXT: "text only",
     Says.TOKEN: "log-probabilities of given tokens",
     Says.DENSE: "the whole next-token distribution",
+    Says.SCORE: "a score of each answer",
 }
 
 
 def _too_weak(method: str, role: str, gives: Says, says: Says) -> str:
+    if says is Says.SCORE:
+        return f"{method} needs {_SAYS[says]} of `{role}`, which gives {_SAYS[gives]}. Only a critic gives scores"
     remedy = "a teacher given as `model:`"
     if gives is Says.TEXT:
         remedy += ", or a method that learns from text alone: gad, seqkd"

@@ -23,6 +23,7 @@ from opd.errors import CheckFailed, UsageError
 from opd.head import Head
 
 Layout = Literal["right", "left", "packed"]
+STUDENT = "student"  # the adapter that learns under LoRA
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,24 @@ class CausalModel:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.compute)
 
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """For a forward with gradient: activations are dropped where the recipe asks. Hugging Face does that in train
+        mode only; nothing random is left in it (`load` saw to that), and outside of a forward the mode is eval.
+        """
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            yield
+            return
+        self.module.train()
+        try:
+            yield
+        finally:
+            self.module.eval()
+
     def hidden(self, batch: Batch, rows: Sequence[int]) -> Tensor:
         """[m, H] hidden states that predict the loss tokens of these rows; gradient as the caller's mode says."""
         at = lay_out(batch, rows, self.layout)
-        with adapter(self.module, self.adapter), self.autocast():
+        with adapter(self.module, self.adapter), self.autocast(), self.recomputing():
             out = self.backbone(**at.inputs, use_cache=False)
         return at.pick(out.last_hidden_state)
 
@@ -154,9 +169,9 @@ class CausalModel:
 # --- reading a Hugging Face model ------------------------------------------------------------------------------------
 
 
-def base(module: nn.Module) -> nn.Module:
+def base(module: nn.Module) -> Any:
     """The causal LM under a peft wrapper, or the module itself."""
-    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[no-any-return, operator]
+    return module.get_base_model() if hasattr(module, "get_base_model") else module  # type: ignore[operator]
 
 
 def backbone(module: nn.Module) -> nn.Module:
@@ -169,7 +184,7 @@ def backbone(module: nn.Module) -> nn.Module:
 def read_head(module: nn.Module, vocab: int | None = None) -> Head:
     """Weight, bias, scale and softcap of the output layer, from the module and its config."""
     inner = base(module)
-    linear = inner.get_output_embeddings()  # type: ignore[operator]
+    linear = inner.get_output_embeddings()
     config = inner.config
     scale = 1.0
     if getattr(config, "logits_scaling", None):  # Granite divides
@@ -209,16 +224,24 @@ def load(
     trust_remote_code: bool = False,
     drop_layers: int = 0,
     frozen: bool = False,
+    gradient_checkpointing: bool = False,
+    lora: int | None = None,
+    lora_alpha: float | None = None,
+    lora_targets: Sequence[str] | None = None,
 ) -> CausalModel:
     """A Hugging Face causal LM, ready to be read in tiles.
 
-    Weights of a trained model are float32 and `dtype` is what products run in; a frozen one is stored in `dtype`.
-    `drop_layers` removes that many of the last decoder layers. Only safetensors are read: pickled weights are refused.
+    Weights that learn are float32 and `dtype` is what products run in; frozen ones are stored in `dtype`.
+    `drop_layers` removes that many of the last decoder layers. `gradient_checkpointing` recomputes activations in the
+    backward pass. `lora` is the rank of an adapter called "student" on a frozen base; `lora_alpha` (twice the rank
+    unless given) over the rank is its scale, `lora_targets` the modules that get one (every linear layer unless given,
+    the output layer never). Only safetensors are read: pickled weights are refused. Raises `UsageError` for a model
+    that cannot be loaded so, `CheckFailed` for one whose head opd does not understand.
     """
     from transformers import AutoModelForCausalLM
 
     compute = getattr(torch, dtype)
-    stored = compute if frozen or dtype == "float64" else torch.float32
+    stored = compute if frozen or lora or dtype == "float64" else torch.float32
     try:
         module = AutoModelForCausalLM.from_pretrained(
             str(source), dtype=stored, trust_remote_code=trust_remote_code, use_safetensors=True
@@ -229,19 +252,74 @@ def load(
         raise UsageError(f"model `{source}` is an encoder-decoder; opd distils decoders. TRL's GKD handles T5")
     if drop_layers:
         _drop_layers(module, drop_layers, str(source))
-    for part in module.modules():
-        if isinstance(part, nn.Dropout):
-            part.p = 0.0
+    _no_noise(module)
+    if gradient_checkpointing:
+        try:
+            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        except ValueError as error:
+            raise UsageError(f"student.gradient_checkpointing: `{source}` cannot: {error}") from error
+    if lora:
+        module = _with_adapter(module, lora, lora_alpha, lora_targets, str(source))
     module.to(device).eval()
     if frozen:
         module.requires_grad_(False)
-    stops = module.generation_config.eos_token_id if module.generation_config is not None else None
-    stops = module.config.eos_token_id if stops is None else stops
+    config, generation = base(module).config, base(module).generation_config
+    stops = generation.eos_token_id if generation is not None else None
+    stops = config.eos_token_id if stops is None else stops
     stop_ids = (stops,) if isinstance(stops, int) else tuple(stops or ())
     head = read_head(module, vocab)
-    model = CausalModel(module, head, compute=compute, name=str(source), stop_ids=stop_ids)
+    model = CausalModel(
+        module,
+        head,
+        compute=compute,
+        name=str(source),
+        stop_ids=stop_ids,
+        adapter=STUDENT if lora else None,
+        gradient_checkpointing=gradient_checkpointing,
+    )
     probe_head(model)
     return model
+
+
+def _no_noise(module: nn.Module) -> None:
+    """Dropout and router jitter to 0, as layers or as numbers read in the forward: a run is a function of its seed."""
+    for part in module.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.0
+        for name, number in vars(part).items():
+            if isinstance(number, float) and ("drop" in name or "jitter" in name):
+                setattr(part, name, 0.0)
+
+
+def _with_adapter(
+    module: nn.Module, rank: int, alpha: float | None, targets: Sequence[str] | None, source: str
+) -> nn.Module:
+    """A peft model whose adapter "student" learns. Its start is the same on every rank and in every run."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank if alpha is None else alpha,
+        target_modules="all-linear" if targets is None else list(targets),
+        lora_dropout=0.0,
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    output = module.get_output_embeddings()  # type: ignore[operator]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            wrapped: nn.Module = get_peft_model(module, config, adapter_name=STUDENT)
+        except ValueError as error:
+            raise UsageError(
+                f"student.lora_targets: no adapter for `{source}`: {str(error).splitlines()[0]}"
+            ) from error
+    if base(wrapped).get_output_embeddings() is not output:
+        raise UsageError(
+            f"student.lora_targets of `{source}` name its output layer, which is read in tiles and would not see the "
+            "adapter: leave it out"
+        )
+    return wrapped
 
 
 def _drop_layers(module: nn.Module, count: int, source: str) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,7 @@ class TileScope:
 
     def __init__(self, logits_nV: Tensor, batch: Batch, prepared: Prepared, at_n: Tensor) -> None:
         self.batch, self.prepared, self.at = batch, prepared, at_n
-        self.logits_nV = logits_nV
+        self.logits_nV, self.step = logits_nV, prepared.step
         self._student: dict[float, Tensor] = {}
         self._judges: dict[tuple[Judge, float], Tensor] = {}
 
@@ -62,16 +64,21 @@ class TileScope:
 
     @property
     def behaviour(self) -> Tensor:
-        return self.batch.behaviour_N[self.at].nan_to_num()  # `prepare` refused nan wherever a term reads it
+        return _filled(self.batch.behaviour_N[self.at])
 
     def judged(self, judge: Judge) -> Tensor:
         signal = self.batch.signals[judge]
         if isinstance(signal, Dense):
             return self._token(self.distribution(judge, self.batch.temperature))
-        return self.batch.judged(judge)[self.at]
+        return _filled(self.batch.judged(judge)[self.at])
 
     def column(self, expression: Expression) -> Tensor:
-        return self.prepared.columns[expression][self.at].nan_to_num()  # likewise
+        return _filled(self.prepared.columns[expression][self.at])
+
+
+def _filled(x_n: Tensor) -> Tensor:
+    """0 for what is missing on tokens that no term counts (elsewhere `prepare` refused it): 0 * nan would be nan."""
+    return x_n.nan_to_num(0.0, 0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -191,7 +198,7 @@ class Student:
                 return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, sums)
 
             self.trainee(batch, cut, value, self.optim.tile).backward()
-        if total is not None:  # a rank without rows of its own still takes part in every sum
+        if total is not None and not counted:  # a rank without rows of its own still takes part in every sum
             for _, p in trained(self.model.module):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         return _stats(sums, total)
@@ -220,13 +227,16 @@ class Student:
 
 
 def whole_groups(batch: Batch, parts: int) -> list[list[int]]:
-    """Rows cut into `parts` of whole groups, as even as the order allows."""
+    """Rows cut into exactly `parts` of whole groups, as even as can be; where groups are fewer some parts are empty.
+
+    (Every rank must make the same number of steps, however many groups it holds.)
+    """
     groups: dict[str, list[int]] = {}
     for r, rollout in enumerate(batch.rollouts):
         groups.setdefault(rollout.prompt.id, []).append(r)
     listed = list(groups.values())
-    size = -(-len(listed) // parts)
-    return [[r for g in listed[i : i + size] for r in g] for i in range(0, len(listed), size)]
+    edges = [i * len(listed) // parts for i in range(parts + 1)]
+    return [[r for g in listed[a:b] for r in g] for a, b in pairwise(edges)]
 
 
 def guarded_step(
@@ -237,8 +247,12 @@ def guarded_step(
     stats: dict[str, float],
     total: Total | None = None,
 ) -> float:
-    """Reduce over ranks, check, clip, step. Returns the gradient's norm before clipping; a norm of 0 takes no step."""
-    named = list(trained(module))
+    """Reduce over ranks, check, clip, step. Returns the gradient's norm before clipping; a norm of 0 takes no step.
+
+    What should learn is what the optimizer holds, not what `requires_grad` says now: leaving an adapter moves that.
+    """
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    named = [(n, p) for n, p in module.named_parameters() if id(p) in held]
     silent = [n for n, p in named if p.grad is None]
     if silent:
         raise OpdError(
@@ -249,10 +263,10 @@ def guarded_step(
         for _, p in named:
             p.grad = total(p.grad)  # type: ignore[arg-type]
     norm = float(nn.utils.clip_grad_norm_([p for _, p in named], clip if clip > 0 else float("inf")))
-    bad = [k for k, v in stats.items() if k.startswith("loss/") and v != v]
-    if norm != norm or norm == float("inf") or bad:
-        which = ", ".join(bad) or "no single term"
-        raise NotFiniteError(f"the gradient's norm is {norm} ({which} is nan): no weight was changed")
+    bad = [f"{k} is {v}" for k, v in stats.items() if k.startswith("loss/") and not isfinite(v)]
+    if bad or not isfinite(norm):
+        which = ", ".join(bad) or "every term of the loss is finite"
+        raise NotFiniteError(f"the gradient's norm is {norm} ({which}): no weight was changed")
     if norm > 0:
         for group in optimizer.param_groups:
             group["lr"] = lr

@@ -5,37 +5,42 @@ Flat layout: N loss tokens of B rows, `row_N` the row of each token, tokens of a
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Reduce = Callable[[Tensor], Tensor]
 
 
 def group_advantage(value_B: Tensor, group_B: Tensor, *, std: bool, min_std: float = 0.0) -> Tensor:
     """Value less its group's mean, over the group's standard deviation if `std` (GRPO, arXiv 2402.03300, eq. 3).
 
     The deviation is the unbiased one (n - 1), with 1e-6 added as verl does. A *degenerate* group (deviation not above
-    `min_std`, or one row alone under `std`) gets exactly 0: dividing by a tiny deviation turns noise into unit credit.
-    Returns [B].
+    `min_std`, values equal but for rounding, or one row alone) gets exactly 0: dividing by a tiny deviation turns noise
+    into unit credit. A group in which a value is nan is nan. Returns [B].
     """
-    _, index_B = group_B.unique(return_inverse=True)
+    _, index_B = group_B.unique(return_inverse=True)  # type: ignore[no-untyped-call]
     groups = int(index_B.max()) + 1 if len(index_B) else 0
-    total = lambda x_B: value_B.new_zeros(groups).index_add(0, index_B, x_B)
+    total: Reduce = lambda x_B: value_B.new_zeros(groups).index_add(0, index_B, x_B)
     size_G = total(torch.ones_like(value_B))
     centred_B = value_B - (total(value_B) / size_G)[index_B]
     deviation_G = (total(centred_B.square()) / (size_G - 1).clamp_min(1)).sqrt()
-    # Rewards equal on paper differ by rounding after the mean is taken out: that is no difference.
-    scale = value_B.abs().max() if len(value_B) else value_B.new_zeros(())
-    live_B = (deviation_G > max(min_std, 0.0) + 4 * torch.finfo(value_B.dtype).eps * scale)[index_B]
+    # Rewards equal on paper differ by rounding, and the mean adds its own: the range is what has none of the latter.
+    most: Reduce = lambda x_B: value_B.new_zeros(groups).scatter_reduce(0, index_B, x_B, "amax", include_self=False)
+    range_G, scale_G = most(value_B) + most(-value_B), most(value_B.abs())
+    dead_G = (deviation_G <= min_std) | (range_G <= 4 * torch.finfo(value_B.dtype).eps * scale_G)
     if std:
         centred_B = centred_B / (deviation_G[index_B] + 1e-6)
-    return torch.where(live_B, centred_B, torch.zeros_like(centred_B))
+    return centred_B.masked_fill(dead_G[index_B], 0.0)
 
 
 def degenerate_groups(value_B: Tensor, group_B: Tensor, min_std: float = 0.0) -> Tensor:
     """True for each row [B] whose group teaches nothing: its values do not differ by more than `min_std`."""
-    ids = group_B.unique()
-    flat = [group_advantage(value_B[group_B == g], group_B[group_B == g], std=False, min_std=min_std) for g in ids]
-    dead = {int(g): bool((x == 0).all()) for g, x in zip(ids, flat, strict=True)}
-    return torch.tensor([dead[int(g)] for g in group_B], device=value_B.device)
+    live_B = group_advantage(value_B, group_B, std=False, min_std=min_std) != 0  # nan counts as live
+    ids, index_B = group_B.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    live_G = torch.zeros(len(ids), device=value_B.device).index_add(0, index_B, live_B.float())
+    return live_G[index_B] == 0
 
 
 def discounted(credit_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
@@ -45,7 +50,7 @@ def discounted(credit_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
     """
     if gamma == 0:
         return credit_N
-    rows, length_B = row_N.unique_consecutive(return_counts=True)
+    rows, length_B = row_N.unique_consecutive(return_counts=True)  # type: ignore[no-untyped-call]
     longest = int(length_B.max()) if len(rows) else 0
     start_B = length_B.cumsum(0) - length_B
     out = torch.empty_like(credit_N)

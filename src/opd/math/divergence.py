@@ -63,8 +63,9 @@ def entropy(logp_nV: Tensor) -> Tensor:
 
 
 def _expect(logp_nV: Tensor, x_nV: Tensor) -> Tensor:
-    """p * x, with 0 where p is zero however infinite x is there."""
-    return torch.where(logp_nV == -math.inf, 0.0, logp_nV.exp() * x_nV)
+    """p * x, with 0 where p is zero however infinite x is there; and so in the gradient, which must not see 0 * inf."""
+    p_nV = logp_nV.exp()
+    return p_nV * x_nV.masked_fill(p_nV == 0, 0.0)
 
 
 def _mixture(t_nV: Tensor, s_nV: Tensor, share: float) -> Tensor:

@@ -28,7 +28,7 @@ def gkd(
     Gradient: through the student's distribution at the sampled positions.
     Source: GKD, arXiv 2306.13649, algorithm 1 and eq. 1; DistiLLM, arXiv 2402.03898, for the skewed ones.
     Differs from the paper in: the mixture of speakers is exact over the run, not a coin a step; `beta` 0 and 1 are
-    refused by name (use forward_kl, reverse_kl), because the unscaled JSD vanishes there.
+    refused by name (use forward_kl, reverse_kl), because the unscaled JSD vanishes there, and so is `alpha` 1.
     """
     args: dict[str, tuple[tuple[str, float], ...]] = {
         "jsd": (("beta", beta),),
@@ -37,6 +37,8 @@ def gkd(
     }
     if divergence == "jsd" and beta in (0.0, 1.0):
         limit = "forward_kl" if beta == 0 else "reverse_kl"
-        raise ValueError(f"jsd with beta = {beta:g} is zero everywhere; its limit per unit is {limit}: name that instead")
+        raise ValueError(f"jsd with beta = {beta:g} is zero everywhere; its limit per unit is {limit}: name that")
+    if divergence.startswith("skew") and alpha == 1:
+        raise ValueError(f"{divergence} with alpha = 1 is zero everywhere: choose a share below 1")
     chosen = Divergence(divergence, args.get(divergence, ()), temperature)
     return Method(speaks=mixture(student=on_policy, data=1 - on_policy), loss=match(TEACHER, chosen).per(per))

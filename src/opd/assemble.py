@@ -184,8 +184,8 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
         seed=recipe.run.seed,
         rows=recipe.speak.batch_rows,
     )
-    specs = [{"use": r.use, "weight": r.weight, **r.args} for r in recipe.reward]
-    scorers = tuple(rewards_module.load(spec, folder=folder) for spec in specs)
+    specs = [{"use": r.use, "weight": r.weight, "args": dict(r.args)} for r in recipe.reward]
+    scorers = rewards_module.load_all(specs, folder)
     hashes = {"template": voice.fingerprint, "data.train": data.content(mixture_prompts(mixture))}
     hashes |= {"data.dev": data.content(dev)} if dev else {}
     return Parts(student, teachers, mixture, dev, scorers, tuple(notes), hashes)

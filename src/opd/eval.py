@@ -90,7 +90,7 @@ def evaluate(
     last = list(manners.values())[-1]
     texts = teachers.texts(text_role, prompts) if text_role else {}
     if any(texts.values()):
-        out |= _against(last.rollouts, {i: tuple(t.text for t in each) for i, each in texts.items()})
+        out |= _against(last.rollouts, texts)
         if critic is not None and critic.steps:
             pairs = teachers.pairs(last.rollouts, text_role or "teacher")
             ranks = critic.ranks(critic.score(pairs.rows), pairs) if pairs.count else {}
@@ -107,9 +107,8 @@ def evaluate(
 
 def _accuracy(name: str, said: Answers, prompts: int) -> dict[str, float]:
     assert said.right is not None
-    share = sum(said.right) / len(said.right)
-    low, high = metrics.wilson(sum(said.right), len(said.right))
-    out = {f"eval/{name}": share, f"eval/{name}_low": low, f"eval/{name}_high": high}
+    share = metrics.accuracy(said.right)
+    out = {f"eval/{name}": share.value, f"eval/{name}_low": share.low, f"eval/{name}_high": share.high}
     domains: dict[str, list[bool]] = {}
     by_prompt: dict[str, list[bool]] = {}
     for rollout, right in zip(said.rollouts, said.right, strict=True):
@@ -128,20 +127,21 @@ def _accuracy(name: str, said: Answers, prompts: int) -> dict[str, float]:
 
 def _texts(rollouts: Sequence[Rollout]) -> dict[str, float]:
     texts = [r.text for r in rollouts]
-    return {
+    out = {
         "eval/length_tokens": sum(r.spoken for r in rollouts) / max(1, len(rollouts)),
         "eval/truncated_share": sum(r.finish == "length" for r in rollouts) / max(1, len(rollouts)),
         "eval/distinct_1": metrics.distinct(texts, 1),
         "eval/distinct_2": metrics.distinct(texts, 2),
     }
+    return {k: v for k, v in out.items() if v == v}  # no pairs of words, no share of distinct ones
 
 
-def _against(rollouts: Sequence[Rollout], texts: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def _against(rollouts: Sequence[Rollout], texts: Mapping[str, Sequence[Rollout]]) -> dict[str, float]:
     known = [r for r in rollouts if texts.get(r.prompt.id)]
     if not known:
         return {}
-    f1 = [max(metrics.ngram_f1(r.text, t) for t in texts[r.prompt.id]) for r in known]
+    f1 = [max(metrics.overlap(r.text, t.text) for t in texts[r.prompt.id]) for r in known]
     return {
         "eval/ngram_f1": sum(f1) / len(f1),
-        "eval/length_ratio": metrics.length_ratio([r.text for r in known], [texts[r.prompt.id][0] for r in known]),
+        "eval/length_ratio": metrics.length_ratio([r.spoken for r in known], [texts[r.prompt.id][0].spoken for r in known]),
     }

@@ -47,7 +47,7 @@ class Mixture:
         if problems:
             raise UsageError(*problems)
         self.seed = seed
-        self._sources = [tuple(s) for s in sources]
+        self.sources = [tuple(s) for s in sources]
         self._shares = _integers(weights)
         self._turns = _Turns(self._shares)
         self._order = lru_cache(maxsize=2 * len(sources))(self._shuffled)  # consecutive positions read few epochs
@@ -55,7 +55,7 @@ class Mixture:
     @property
     def size(self) -> int:
         """Prompts in the sources that are drawn from: an epoch of the whole, in number."""
-        return sum(len(s) for s, share in zip(self._sources, self._shares, strict=True) if share)
+        return sum(len(s) for s, share in zip(self.sources, self._shares, strict=True) if share)
 
     def prompts(self, cursor: int, n: int) -> list[Prompt]:
         """The n prompts after the first `cursor`."""
@@ -64,8 +64,8 @@ class Mixture:
         counts = list(self._turns.counts(cursor))
         found = []
         for source in self._turns.after(cursor, n):
-            epoch, place = divmod(counts[source], len(self._sources[source]))
-            found.append(self._sources[source][self._order(source, epoch)[place]])
+            epoch, place = divmod(counts[source], len(self.sources[source]))
+            found.append(self.sources[source][self._order(source, epoch)[place]])
             counts[source] += 1
         return found
 
@@ -75,7 +75,7 @@ class Mixture:
 
     def epochs(self, cursor: int) -> tuple[float, ...]:
         """How many times each source has been walked through by then."""
-        return tuple(c / len(s) if s else 0.0 for c, s in zip(self.counts(cursor), self._sources, strict=True))
+        return tuple(c / len(s) if s else 0.0 for c, s in zip(self.counts(cursor), self.sources, strict=True))
 
     def _shuffled(self, source: int, epoch: int) -> tuple[int, ...]:
         """A permutation by a hash of each place: no generator has a state, and no library's version matters."""
@@ -84,7 +84,7 @@ class Mixture:
         def key(place: int) -> bytes:
             return hashlib.blake2b(prefix + str(place).encode(), digest_size=8).digest()
 
-        return tuple(sorted(range(len(self._sources[source])), key=key))
+        return tuple(sorted(range(len(self.sources[source])), key=key))
 
 
 class _Turns:

@@ -239,7 +239,9 @@ def load(
     that cannot be loaded so, `CheckFailed` for one whose head opd does not understand.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
 
+    hf_logging.disable_progress_bar()
     compute = getattr(torch, dtype)
     stored = compute if frozen or lora or dtype == "float64" else torch.float32
     try:

@@ -78,7 +78,7 @@ def critic_view(rollouts: Sequence[Rollout], teachers: Teachers, good: str) -> d
     students = [r for r in rollouts if r.speaker == "student"]
     texts = teachers.texts(good, (r.prompt for r in students))
     pairs = [(texts[r.prompt.id][0].spoken, r.spoken) for r in students if texts[r.prompt.id]]
-    if not pairs:
+    if len(pairs) < 2:
         return {}
     teacher, student = (sum(x) / len(pairs) for x in zip(*pairs, strict=True))
     return {

@@ -83,9 +83,11 @@ def train(
     resume: bool = False,
     watch: Watch | None = None,
     interrupt: Interrupt | None = None,
+    origin: Path | None = None,
 ) -> dict[str, Any]:
     """Run a recipe to its end in `folder`, or on from its newest checkpoint; returns summary.json.
 
+    `origin` is a checkpoint of another run whose student weights this one begins with.
     `base` is the folder that the recipe's paths are relative to. `watch(kind, numbers)` is told of every step,
     evaluation and warning. The first interrupt finishes the step, saves and stops; a second stops at once.
 
@@ -95,6 +97,9 @@ def train(
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
     run = _open(recipe, folder, base, origins or {}, resume, watch or (lambda _kind, _numbers: None))
+    if origin is not None and not resume:
+        _load_into(run.student.model.module, checkpoint.load(origin)[0]["student"])
+        folder.event(0, "note", f"began with the student of {origin}")
     interrupt = interrupt or Interrupt()
     status, reason = "failed", ""
     try:
@@ -269,7 +274,7 @@ def _one(run: Run, steps: int) -> str | None:
         rows=recipe.speak.batch_rows,
     )
     if "reward" in leg.method.loss.reads:
-        rollouts = scoring.score(run.parts.rewards, rollouts)
+        rollouts = [r for r in scoring.score(run.parts.rewards, rollouts) if r.reward is not None]
     tick()
     dtype = torch.float64 if run.student.model.compute == torch.float64 else torch.float32
     batch = pack(rollouts, temperature=leg.sampling.temperature, device=run.student.model.device, dtype=dtype)

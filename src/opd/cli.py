@@ -1,0 +1,228 @@
+"""The command line. Every command reads the same YAML, prints what to do next, and takes `--json`.
+
+Exit codes: 0 ok, 1 the run failed, 2 bad recipe or usage, 3 a check failed, 4 out of budget, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from opd import __version__
+from opd.errors import OpdError
+
+app = typer.Typer(
+    name="opd",
+    help="On-policy distillation: any teacher, white-box or black-box, into your model on the model's own samples.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+out = Console()
+err = Console(stderr=True)
+
+Recipes = Annotated[list[str], typer.Argument(help="YAML files, later over earlier, and `key=value` overrides.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of text.")]
+
+
+def main() -> None:
+    """The entry point: errors of opd's own become a sentence and an exit code, anything else keeps its traceback."""
+    try:
+        code = app(standalone_mode=False)
+    except OpdError as error:
+        _complain(error)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        sys.exit(130)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except Exception as error:
+        if hasattr(error, "exit_code") and hasattr(error, "show"):  # a usage error of the command line itself
+            error.show()
+            sys.exit(2)
+        raise
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _complain(error: OpdError) -> None:
+    problems = getattr(error, "problems", (str(error),))
+    if len(problems) > 1:
+        err.print(f"[bold red]error:[/] {len(problems)} problems", highlight=False)
+    for problem in problems:
+        head = "  " if len(problems) > 1 else "[bold red]error:[/] "
+        err.print(head, end="")
+        err.print(problem, markup=False, highlight=False, soft_wrap=True)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"opd {__version__}", highlight=False)
+        raise typer.Exit()
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")] = False,
+) -> None: ...
+
+
+def _resolved(arguments: list[str]) -> tuple[Any, Path]:
+    """The recipe that files and overrides make together, and the folder its paths are relative to."""
+    from opd import recipe
+
+    files = [Path(a) for a in arguments if "=" not in a]
+    overrides = [a for a in arguments if "=" in a]
+    if not files:
+        raise typer.BadParameter("name a recipe file, such as recipes/gkd.cpu.yaml")
+    return recipe.load(files, overrides), files[0].resolve().parent
+
+
+@app.command()
+def train(
+    recipes: Annotated[list[str] | None, typer.Argument(help="YAML files and `key=value` overrides.")] = None,
+    resume: Annotated[Path | None, typer.Option(help="Go on with this run folder.")] = None,
+    fork: Annotated[str | None, typer.Option(help="Begin a new run from RUN@STEP, with the given recipe.")] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No live panel.")] = False,
+) -> None:
+    """Train a student, from a recipe or on from a run that was stopped."""
+    from opd.panel import panel
+    from opd.runs import start
+
+    if resume is not None and recipes and any("=" not in r for r in recipes):
+        raise typer.BadParameter("--resume goes on with the run's own recipe; give overrides of length only, or --fork")
+    resolved = base = None
+    if resume is None:
+        resolved, base = _resolved(recipes or [])
+    with panel(quiet or as_json) as watch:
+        summary, folder = start(resolved, base, resume=resume, fork=fork, watch=watch)
+    if as_json:
+        out.print_json(json.dumps({"run": str(folder), **summary}))
+    else:
+        _said(folder, summary)
+    if summary["reason"] == "interrupted":
+        raise typer.Exit(130)
+    if summary["status"] == "failed":
+        raise typer.Exit(1)
+
+
+def _said(folder: Path, summary: dict[str, Any]) -> None:
+    out.print(f"{summary['status']}: {summary['step']} steps, {summary['seconds']:.0f} s, in {folder}", highlight=False)
+    if summary["reason"]:
+        out.print(f"  {summary['reason']}", markup=False, highlight=False)
+    for key in ("eval/accuracy", "eval/accuracy_sampled", "eval/ngram_f1"):
+        if key in summary["after"]:
+            before, after = summary["before"].get(key, float("nan")), summary["after"][key]
+            out.print(f"  {key}: {before:.3f} -> {after:.3f}", highlight=False)
+    more = f"opd train --resume {folder}" if summary["status"] == "stopped" else f"opd report {folder}"
+    out.print(f"next: {more}", highlight=False)
+
+
+@app.command()
+def check(
+    recipes: Annotated[list[str] | None, typer.Argument(help="YAML files and `key=value` overrides.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema of recipes, for editors.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Validate a recipe and say what it will do, without loading a model."""
+    from opd import recipe
+
+    if schema:
+        out.print_json(json.dumps(recipe.schema()))
+        return
+    resolved, base = _resolved(recipes or [])
+    from opd.assemble import legs, plan
+
+    planned = plan(resolved.recipe, legs(resolved.recipe, base))
+    if as_json:
+        out.print_json(json.dumps(planned))
+        return
+    for stage in planned["stages"]:
+        out.print(f"stage {stage['name']}: {stage['words']}", markup=False, highlight=False)
+        out.print(f"  minimises {stage['equation']}", markup=False, highlight=False)
+    out.print(f"next: opd train {' '.join(recipes or [])}", markup=False, highlight=False)
+
+
+@app.command()
+def methods(as_json: Json = False) -> None:
+    """List the methods: who speaks, who judges, what is asked of whom."""
+    from opd.method import catalogue, describe
+
+    rows = [describe(name, fn) for name, fn in catalogue().items()]
+    if as_json:
+        out.print_json(json.dumps(rows))
+        return
+    from rich.table import Table
+
+    table = Table("method", "speaks", "asks", "what it does", box=None, pad_edge=False)
+    for row in rows:
+        asks = ", ".join(f"{judge}: {says}" for judge, says in row["needs"].items()) or "nobody"
+        table.add_row(row["name"], row["speaks"], asks, row["about"])
+    out.print(table)
+
+
+@app.command()
+def samples(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    step: Annotated[int | None, typer.Option(help="Which step; the newest unless given.")] = None,
+    worst: Annotated[bool, typer.Option("--worst", help="Lowest scores first.")] = False,
+    best: Annotated[bool, typer.Option("--best", help="Highest scores first.")] = False,
+    prompt: Annotated[str | None, typer.Option(help="Only prompts that contain this text.")] = None,
+    n: Annotated[int, typer.Option(help="How many.")] = 8,
+    as_json: Json = False,
+) -> None:
+    """Show what the student said, beside the teacher."""
+    from opd import samples as showing
+
+    if as_json:
+        out.print_json(json.dumps(showing.select(run, step=step, worst=worst, best=best, prompt=prompt, n=n)))
+        return
+    out.print(showing.show(run, step=step, worst=worst, best=best, prompt=prompt, n=n))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Run folders; several are compared.")],
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write one self-contained HTML page about one run or several."""
+    from opd.report import render
+
+    place = render(runs, output or runs[-1] / "report.html")
+    out.print_json(json.dumps({"report": str(place)})) if as_json else out.print(str(place), highlight=False)
+
+
+@app.command(name="eval")
+def evaluate(
+    run: Annotated[Path, typer.Argument(help="A run folder, or a recipe file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="`key=value` overrides.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure a run's student on data.dev (before training, when given a recipe)."""
+    from opd.runs import measure
+
+    numbers = measure(run, overrides or [])
+    if as_json:
+        out.print_json(json.dumps(numbers))
+        return
+    for name, value in numbers.items():
+        out.print(f"{name:34} {value:.4f}", highlight=False)
+
+
+@app.command()
+def demo(
+    quick: Annotated[bool, typer.Option("--quick", help="The same in 20 seconds.")] = False,
+    into: Annotated[Path, typer.Option("--dir", help="Where the run folders go.")] = Path("runs/demo"),
+    as_json: Json = False,
+) -> None:
+    """Train one student three ways in about 90 seconds and compare them in a report."""
+    from opd.demo import show
+
+    show(quick=quick, into=into, as_json=as_json)

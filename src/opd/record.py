@@ -65,8 +65,9 @@ def describe(batch: Batch, method: Method) -> dict[str, float]:
         out["length/teacher_tokens"] = sum(r.spoken for r in given) / len(given)
     if "reward" in method.loss.reads:
         out |= _spread("reward", batch.reward_B, batch)
-        for name in students[0].rewards if students else ():
-            out[f"reward/{name}"] = sum(r.rewards[name] for r in students) / len(students)
+        for name in sorted({n for r in students for n in r.rewards}):
+            given_it = [r.rewards[name] for r in students if name in r.rewards]
+            out[f"reward/{name}"] = sum(given_it) / len(given_it)
     signal = batch.signals.get(CRITIC)
     if isinstance(signal, Score):
         out |= _spread("score", signal.value_B, batch)

@@ -21,9 +21,9 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 from opd.errors import UsageError
@@ -41,6 +41,7 @@ _ANCHORS = (
     "0",
     "a",
 )  # texts to encode in front of an answer where a tokenizer treats a text's start specially
+MEMORY = 8192  # prompts, and answers, whose ids are remembered
 _ANSWER = "ANSWER"  # stands for an answer where a template is asked what it writes before one
 
 
@@ -69,6 +70,23 @@ class Renderer:
         With a template: the messages and the generation prompt. Without: the text after the tokenizer's own BOS.
         Raises `UsageError` where the template refuses the messages.
         """
+        return self._memory_of_prompts(prompt)
+
+    def answer_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
+        """Canonical ids of an answer as continued after any prompt; the stop token is appended when `finished`."""
+        ids = self._memory_of_answers(text)
+        return ids + self.stop_ids[:1] if finished else ids
+
+    # A critic reads every text of a step twice and a prompt comes back every epoch: encoding is paid once.
+    @cached_property
+    def _memory_of_prompts(self) -> Callable[[Prompt], tuple[int, ...]]:
+        return lru_cache(MEMORY)(self._prompt_ids)
+
+    @cached_property
+    def _memory_of_answers(self) -> Callable[[str], tuple[int, ...]]:
+        return lru_cache(MEMORY)(self._answer_ids)
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         if self.template is None:
             return self._bos + self._literal(prompt.text)
         return self._chat([*prompt.messages], prompt.where)
@@ -80,13 +98,11 @@ class Renderer:
         answer = Message("assistant", normalise(text, self.think))
         return self._chat([*prompt.messages, answer], prompt.where, generate=False)
 
-    def answer_ids(self, text: str, *, finished: bool = True) -> tuple[int, ...]:
-        """Canonical ids of an answer as continued after any prompt; the stop token is appended when `finished`."""
+    def _answer_ids(self, text: str) -> tuple[int, ...]:
         text = normalise(text, self.think)
-        ids: tuple[int, ...] = ()
-        if text:
-            ids = self._literal(text) if self.lead is None else self._continued(self.lead + text)
-        return ids + self.stop_ids[:1] if finished else ids
+        if not text:
+            return ()
+        return self._literal(text) if self.lead is None else self._continued(self.lead + text)
 
     def text(self, ids: Iterable[int]) -> str:
         """Decoded text without stop, pad and other special tokens, and without outer whitespace."""

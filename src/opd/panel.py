@@ -55,15 +55,17 @@ def _line(console: Console, view: View, kind: str, numbers: Mapping[str, Any]) -
     view.see(kind, numbers)
     if kind == "stage":
         text = f"stage {numbers['name']}, {numbers['steps']} steps: {numbers['equation']}"
-        console.print(text, highlight=False, markup=False)
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     elif kind == "eval":
         accuracy = [f"{k.removeprefix('eval/')} {v:.3f}" for k, v in numbers.items() if k in _EVAL]
-        console.print(f"step {numbers['step']}: {', '.join(accuracy)}", highlight=False)
+        console.print(f"step {numbers['step']}: {', '.join(accuracy)}", highlight=False, soft_wrap=True)
     elif kind == "warning":
-        console.print(f"warning: {numbers['message']}: {numbers['remedy']}", highlight=False, markup=False)
+        console.print(
+            f"warning: {numbers['message']}: {numbers['remedy']}", highlight=False, markup=False, soft_wrap=True
+        )
     elif kind == "step" and view.step_in_stage % max(1, view.steps // 10) == 0:
         said = [f"{short} {_number(numbers[name])}" for name, short in SHOWN.items() if name in numbers][:5]
-        console.print(f"step {numbers['step']}: {', '.join(said)}", highlight=False)
+        console.print(f"step {numbers['step']}: {', '.join(said)}", highlight=False, soft_wrap=True)
 
 
 _EVAL = ("eval/accuracy", "eval/accuracy_sampled", "eval/ngram_f1", "eval/length_ratio", "critic/heldout_accuracy")

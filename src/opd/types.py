@@ -11,6 +11,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import cached_property
 from typing import Any, Literal
 
 Finish = Literal["stop", "length", "given"]
@@ -47,7 +48,7 @@ class Message:
     content: str
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """What is asked. `responses` are recorded answers ("data" speaks them); `answer` is for verifiers.
 
@@ -61,7 +62,7 @@ class Prompt:
     meta: Mapping[str, Any] = field(default_factory=dict, hash=False, compare=False)
     where: str = field(default="", hash=False, compare=False)  # file:line it was read from
 
-    @property
+    @cached_property
     def id(self) -> str:
         text = json.dumps([[m.role, m.content] for m in self.messages], ensure_ascii=False)
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()

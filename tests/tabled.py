@@ -1,0 +1,204 @@
+"""A world of tables: speakers that sample from exact models, judges that say exactly as much as they are asked, and
+expectations by dynamic programming instead of by sampling.
+
+A state is (position, token before). The last token of the vocabulary ends an answer; GOOD is what rewards count.
+Shapes: S states, V vocabulary.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+
+from opd.batch import Batch, Dense, Score, Token, pack
+from opd.engines.table import table_model
+from opd.head import token_logp
+from opd.model import CausalModel
+from opd.student import Optim, Student
+from opd.types import Judge, Message, Prompt, Rollout, Says, Turn
+
+V, POSITIONS, LENGTH, GOOD = 6, 12, 3, 2
+F64 = torch.float64
+
+
+def prompt(number: int, **fields) -> Prompt:
+    return Prompt((Message("user", f"question {number}"),), **fields)
+
+
+def prefix(number: int) -> tuple[int, ...]:
+    """The prompt's tokens: lengths differ, so that padding has something to do."""
+    return tuple((number + k) % (V - 1) for k in range(1 + number % 3))
+
+
+def rollout(number, speaker, *parts, sample=0, reward=None, finish="stop") -> Rollout:
+    """A row from parts: a tuple of ids is given, a list of (id, logp) is spoken."""
+    tokens, mask, behaviour, turns = [], [], [], []
+    for part in parts:
+        start, spoken = len(tokens), isinstance(part, list)
+        tokens += [x[0] for x in part] if spoken else list(part)
+        behaviour += [x[1] for x in part] if spoken else [float("nan")] * len(part)
+        mask += [spoken] * len(part)
+        if spoken:
+            turns.append(Turn(start, len(tokens), finish))
+    return Rollout(
+        prompt(number),
+        speaker,
+        tuple(tokens),
+        tuple(mask),
+        tuple(behaviour),
+        tuple(0 if m else -1 for m in mask),
+        tuple(turns),
+        "",
+        sample=sample,
+        reward=reward,
+    )
+
+
+def random_rollouts(speakers: Sequence[str], prompts: int = 4, group: int = 3, seed: int = 0) -> list[Rollout]:
+    """Rows of unequal lengths, one in three with a second turn after something given; no model spoke them."""
+    g = torch.Generator().manual_seed(seed)
+    draw = lambda n: int(torch.randint(n, (), generator=g))
+    spoken = lambda given: [
+        (draw(V), float("nan") if given else -0.3 - float(torch.rand((), generator=g)) * 2) for _ in range(1 + draw(3))
+    ]
+    rows = []
+    for number in range(prompts):
+        for speaker in speakers:
+            for sample in range(group if speaker == "student" else 1):
+                parts = [prefix(number), spoken(speaker != "student")]
+                if (number + sample) % 3 == 2:
+                    parts += [(draw(V), draw(V)), spoken(speaker != "student")]
+                reward = float(torch.randn((), generator=g)) if speaker == "student" else None
+                rows.append(rollout(number, speaker, *parts, sample=sample, reward=reward))
+    return rows
+
+
+# --- models and what is known of them exactly -------------------------------------------------------------------------
+
+
+def random_table(seed: int | None, scale: float = 1.0, dtype: torch.dtype = F64) -> CausalModel:
+    model = table_model(POSITIONS, V, seed, dtype)
+    with torch.no_grad():
+        model.module.model.logits_SV.mul_(scale)
+    return model
+
+
+def knowing(seed: int) -> CausalModel:
+    """A teacher that likes GOOD."""
+    model = random_table(seed)
+    with torch.no_grad():
+        model.module.model.logits_SV[:, GOOD] += 3.0
+    return model
+
+
+def table(model: CausalModel, temperature: float = 1.0) -> torch.Tensor:
+    """[S, V] its log-probabilities."""
+    return (model.module.model.logits_SV / temperature).log_softmax(-1)
+
+
+def sampled_logp(model: CausalModel, batch: Batch) -> torch.Tensor:
+    """[N] its log-probability of every loss token, at temperature 1, read off the table."""
+    places = zip(batch.row_N.tolist(), batch.position_N.tolist(), strict=True)
+    states = [(p - 1) * V + batch.rollouts[r].tokens[p - 1] for r, p in places]
+    return table(model).detach()[states, batch.token_N]
+
+
+def expected(walker_SV: torch.Tensor, per_state_S: torch.Tensor, prompts: int, length: int = LENGTH) -> float:
+    """E of the sum of a number per state, along answers that the walker speaks, averaged over prompts: exact."""
+    total, probability_SV = 0.0, walker_SV.exp().detach()
+    for number in range(prompts):
+        given = prefix(number)
+        reached = {(len(given) - 1) * V + given[-1]: 1.0}
+        for t in range(length):
+            after: dict[int, float] = {}
+            for state, share in reached.items():
+                total += share * float(per_state_S[state])
+                for v in range(V - 1):
+                    to = (len(given) + t) * V + v
+                    after[to] = after.get(to, 0.0) + share * float(probability_SV[state, v])
+            reached = after
+    return total / prompts
+
+
+def speak(
+    model: CausalModel,
+    numbers: Sequence[int],
+    speaker: str,
+    g: torch.Generator,
+    samples: int = 1,
+    temperature: float = 1.0,
+    reward: Callable[[Sequence[int]], float] | None = None,
+) -> list[Rollout]:
+    """Answers sampled from a table, all rows at once; only the student's carry the probability they were drawn with."""
+    logp_SV = table(model, temperature).detach()
+    asked = [(n, s) for n in numbers for s in range(samples)]
+    last = torch.tensor([prefix(n)[-1] for n, _ in asked])
+    place = torch.tensor([len(prefix(n)) - 1 for n, _ in asked])
+    said: list[list[tuple[int, float]]] = [[] for _ in asked]
+    live = [True] * len(asked)
+    for _ in range(LENGTH):
+        logp_RV = logp_SV[place * V + last]
+        last = torch.multinomial(logp_RV.exp(), 1, generator=g)[:, 0]
+        chosen = logp_RV.gather(-1, last[:, None])[:, 0].tolist()
+        place = place + 1
+        for r, token in enumerate(last.tolist()):
+            if live[r]:
+                said[r].append((token, chosen[r] if speaker == "student" else float("nan")))
+                live[r] = token != V - 1
+    return [
+        rollout(
+            n,
+            speaker,
+            prefix(n),
+            said[r],
+            sample=s,
+            reward=None if reward is None or speaker != "student" else reward([t for t, _ in said[r]]),
+            finish="length" if live[r] else "stop",
+        )
+        for r, (n, s) in enumerate(asked)
+    ]
+
+
+# --- judges -----------------------------------------------------------------------------------------------------------
+
+
+def hear(
+    batch: Batch,
+    needs: Mapping[Judge, Says],
+    judges: Mapping[str, CausalModel],
+    score: Callable[[Rollout], float] | None = None,
+) -> Batch:
+    """A signal of every judge, of exactly the strength that is asked: reading more fails. A role falls back on `*`."""
+    signals = {}
+    for judge, says in needs.items():
+        model = judges.get(judge.role, judges.get("*"))
+        if says is Says.SCORE:
+            values = [score(r) if r.speaker == "student" else float("nan") for r in batch.rollouts]
+            signals[judge] = Score(torch.tensor(values, dtype=batch.behaviour_N.dtype))
+        elif says is Says.DENSE:
+            signals[judge] = Dense(model.all_hidden(batch), model.head)
+        elif says is Says.TOKEN:
+            hidden = model.all_hidden(batch)
+            signals[judge] = Token(token_logp(model.head, hidden, batch.token_N, batch.temperature))
+    return replace(batch, signals=signals)
+
+
+def packed(rollouts: Sequence[Rollout], temperature: float = 1.0, dtype: torch.dtype = F64) -> Batch:
+    return pack(rollouts, temperature=temperature, dtype=dtype)
+
+
+def gradient(model: CausalModel, batch: Batch, loss, *, layout="right", tile=1000, micro=10**6, step=0, total=None):
+    """([S, V] gradient, stats) of one optimizer batch, under a layout and cuts."""
+    model.layout = layout
+    student = Student(model, Optim(tile=tile, tokens_per_micro=micro))
+    student.optimizer.zero_grad()
+    stats = student.gradient(batch, loss, step, total)
+    parameter = model.module.model.logits_SV
+    grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+    parameter.grad = None
+    return grad, stats
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    """|a - b| / |b|, in norms."""
+    return float((a - b).norm() / b.norm().clamp_min(1e-300))

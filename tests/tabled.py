@@ -77,9 +77,11 @@ def random_rollouts(speakers: Sequence[str], prompts: int = 4, group: int = 3, s
 
 
 def random_table(seed: int | None, scale: float = 1.0, dtype: torch.dtype = F64) -> CausalModel:
-    model = table_model(POSITIONS, V, seed, dtype)
-    with torch.no_grad():
-        model.module.model.logits_SV.mul_(scale)
+    model = table_model(POSITIONS, V, None, dtype)
+    if seed is not None:
+        with torch.no_grad():  # drawn in float64, so that a float32 table is the same one
+            logits_SV = table_model(POSITIONS, V, seed).module.model.logits_SV
+            model.module.model.logits_SV.copy_(scale * logits_SV)
     return model
 
 

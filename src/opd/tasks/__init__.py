@@ -4,7 +4,8 @@
     sort     sqcbxa>  -> abcqx         one right answer; the student sorts up, down or copies, by habit
     record   rkqab,472> -> [kqab:472]  one right style; the student can write it, and writes others too
 
-`<task>-long` are held out: the same rules on texts longer than any that the world's models were trained on.
+Held out, the same rules on questions that training never shows: `group-new` has another count of digits and letters,
+`sort-near` letters that are neighbours in the alphabet, `record-long` longer words.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ TASKS: dict[str, Task] = {
         Group("group"),
         Sort("sort"),
         Record("record"),
-        Group("group-long", digits=4, letters=5),
-        Sort("sort-long", shortest=9, longest=10),
-        Record("record-long", longest_word=8, longest_number=6),
+        Group("group-new", counts=((3, 5),)),
+        Sort("sort-near", near=8),
+        Record("record-long", shortest_word=6, longest_word=6),
     )
 }
 DOMAINS: tuple[str, ...] = tuple(dict.fromkeys(t.domain for t in TASKS.values()))

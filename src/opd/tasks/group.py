@@ -1,4 +1,4 @@
-"""`g3k7a2b>`: the digits first, then the letters, any order within a kind, each once. 3! 4! = 144 right answers."""
+"""`g3k7a2b>`: the digits first, then the letters, any order within a kind, each once; 3! 4! = 144 answers are right."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from opd.tasks.base import DIGITS, END, LETTERS, Question, Task
 
 @dataclass(frozen=True)
 class Group(Task):
-    """Digits and letters to be told apart and repeated. The untaught student goes by the rule, but loses count."""
+    """Digits and letters to be told apart and repeated. The untaught student goes by the rule, but loses count.
 
-    digits: int = 3
-    letters: int = 4
+    `counts` are the pairs of how many digits and how many letters a question may have.
+    """
+
+    counts: tuple[tuple[int, int], ...] = ((2, 3), (2, 4), (2, 5), (3, 3), (3, 4), (4, 3), (4, 4))
 
     marker = "g"
     domain = "group"
     rules = ("digits", "letters")  # what comes first
 
     def body(self, rng: random.Random) -> str:
-        items = rng.sample(DIGITS, self.digits) + rng.sample(LETTERS, self.letters)
+        digits, letters = rng.choice(self.counts)
+        items = rng.sample(DIGITS, digits) + rng.sample(LETTERS, letters)
         rng.shuffle(items)
         return "".join(items)
 

@@ -24,16 +24,16 @@ def style(bracket: str, joint: str, word_first: bool) -> str:
 class Record(Task):
     """A word and a number to be written as a record. The untaught student mixes brackets, joints and order."""
 
+    shortest_word: int = 3
     longest_word: int = 5
-    longest_number: int = 3
 
     marker = "r"
     domain = "record"
     rules = tuple(style(*choice) for choice in product(BRACKETS, JOINTS, (True, False)))
 
     def body(self, rng: random.Random) -> str:
-        word = rng.choices(LETTERS, k=rng.randint(self.longest_word - 2, self.longest_word))
-        number = rng.choices(DIGITS, k=rng.randint(self.longest_number - 1, self.longest_number))
+        word = rng.choices(LETTERS, k=rng.randint(self.shortest_word, self.longest_word))
+        number = rng.choices(DIGITS, k=rng.randint(2, 3))
         return f"{''.join(word)},{''.join(number)}"
 
     def follow(self, question: Question, start: str) -> set[str]:

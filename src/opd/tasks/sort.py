@@ -15,13 +15,15 @@ class Sort(Task):
 
     shortest: int = 5
     longest: int = 8
+    near: int = len(LETTERS)  # the letters come from so many neighbours in the alphabet
 
     marker = "s"
     domain = "sort"
     rules = ("up", "down", "copy")
 
     def body(self, rng: random.Random) -> str:
-        return "".join(rng.choices(LETTERS, k=rng.randint(self.shortest, self.longest)))
+        first = rng.randint(0, len(LETTERS) - self.near)
+        return "".join(rng.choices(LETTERS[first : first + self.near], k=rng.randint(self.shortest, self.longest)))
 
     def follow(self, question: Question, start: str) -> set[str]:
         target = question.body

@@ -13,10 +13,11 @@ from opd.tasks import Split
 from opd.tasks import prompts as task_prompts
 from opd.types import Prompt
 
-__all__ = ["MODELS", "path", "prompts"]
+__all__ = ["MODELS", "PREFIX", "STUDENTS", "path", "prompts"]
 
 PREFIX = "world:"
-MODELS = ("teacher", "student", "student-merged")
+STUDENTS = ("student", "student-merged")
+MODELS = ("teacher", *STUDENTS)
 
 
 def path(name: str) -> Path:

@@ -1,7 +1,7 @@
 """Train the built-in world from nothing: `python -m opd.world.make --seed 0 --out DIR [--quick]`.
 
-Writes `teacher`, `student` and `student-merged` as Hugging Face folders, and `world.json` with how well each answers.
-All budgets are in steps, on one thread, so that one seed gives one world on one machine.
+Writes a teacher, two students and an expert for each domain as Hugging Face folders, and `world.json` with how well
+each answers. All budgets are in steps, on one thread, so that one seed gives one world on one machine.
 
 Shapes: B rows, T tokens.
 """
@@ -16,7 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -30,25 +30,38 @@ WARM_UP = 20
 IGNORED = -100
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One model to train: its shape, what it is shown, and for how many steps."""
+class Size(NamedTuple):
+    """How wide the stream, how many heads, how wide the feed-forward layer."""
 
-    name: str
     width: int
     heads: int
     mlp: int
+
+
+SMALL, LARGE = Size(64, 2, 176), Size(96, 3, 256)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One model to train: its size, what it is shown, and for how many steps."""
+
+    name: str
     steps: int
-    habits: bool  # shown the untaught student's habits, not right answers
     shares: tuple[float, ...]  # of the domains in a batch, in the order of `DOMAINS`
+    size: Size = SMALL
+    habits: bool = False  # shown the untaught student's habits, not right answers
     lr: float = 3e-3
     pairs: Sequence[str] = ()
+    ceiling: float = 1.0  # a domain is shown a tenth as often while the model gets more of its samples right
 
 
 PLANS = (
-    Plan("teacher", width=96, heads=3, mlp=256, steps=3200, habits=False, shares=(1, 1, 1)),
-    Plan("student", width=64, heads=2, mlp=176, steps=2800, habits=True, shares=(0.12, 0.66, 0.22)),
-    Plan("student-merged", width=64, heads=2, mlp=176, steps=2800, habits=True, shares=(0.12, 0.66, 0.22), pairs=PAIRS),
+    Plan("teacher", 3600, (0.5, 0.33, 0.17), LARGE),
+    Plan("student", 3000, (0.16, 0.62, 0.22), habits=True, ceiling=0.4),
+    Plan("student-merged", 3800, (0.17, 0.61, 0.22), habits=True, ceiling=0.4, pairs=PAIRS),
+    Plan("expert-group", 2000, (1, 0, 0), LARGE),
+    Plan("expert-sort", 1200, (0, 1, 0), LARGE),
+    Plan("expert-record", 800, (0, 0, 1), LARGE),
 )
 
 
@@ -65,28 +78,36 @@ def pack(tok: PreTrainedTokenizerFast, lessons: Sequence[tuple[str, str]]) -> tu
     return torch.tensor(ids), torch.tensor(labels)
 
 
-def lessons(plan: Plan, rng: random.Random, n: int) -> list[tuple[str, str]]:
-    """`n` lessons of the plan's domains; none whose bare prompt is in a dev or test split."""
+def lessons(shares: Sequence[float], habits: bool, rng: random.Random, n: int) -> list[tuple[str, str]]:
+    """`n` lessons, of the domains by their shares; none whose bare prompt is in a dev or test split."""
     drawn: list[tuple[str, str]] = []
     while len(drawn) < n:
-        prompt, answer = lesson(task(rng.choices(DOMAINS, plan.shares)[0]), rng, plan.habits)
+        prompt, answer = lesson(task(rng.choices(DOMAINS, shares)[0]), rng, habits)
         if split_of(prompt.split(";")[-1]) == "train":
             drawn.append((prompt, answer))
     return drawn
 
 
+def held_back(plan: Plan, model: LlamaForCausalLM, tok: PreTrainedTokenizerFast, step: int) -> tuple[float, ...]:
+    """The plan's shares, a tenth where the sampled model is above the plan's ceiling on 100 train prompts."""
+    asked = {d: [p.text for p in prompts(d, 100, seed=step)] for d in DOMAINS}
+    over = [accuracy(model, tok, task(d), texts, 1.0, seed=step) > plan.ceiling for d, texts in asked.items()]
+    return tuple(share / 10 if high else share for share, high in zip(plan.shares, over, strict=True))
+
+
 def train(plan: Plan, seed: int, steps: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """Train one model by next-token prediction; the learning rate warms up, then falls by a cosine to a twentieth."""
     tok = tokenizer(plan.pairs)
-    model = new_model(len(tok), plan.width, plan.heads, plan.mlp, seed)
+    model = new_model(len(tok), *plan.size, seed)
     rng = random.Random(f"{plan.name} {seed}")
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.lr, weight_decay=0.01)
+    shares = plan.shares
     began = time.process_time()
     for step in range(1, steps + 1):
         decay = 0.05 + 0.475 * (1 + math.cos(math.pi * step / steps))
         for group in optimizer.param_groups:
             group["lr"] = plan.lr * min(1.0, step / WARM_UP) * decay
-        ids_BT, labels_BT = pack(tok, lessons(plan, rng, BATCH))
+        ids_BT, labels_BT = pack(tok, lessons(shares, plan.habits, rng, BATCH))
         carries_BT = labels_BT[:, 1:] != IGNORED
         logits = model(ids_BT[:, :-1], use_cache=False).logits[carries_BT]
         loss = F.cross_entropy(logits, labels_BT[:, 1:][carries_BT])
@@ -94,6 +115,8 @@ def train(plan: Plan, seed: int, steps: int) -> tuple[LlamaForCausalLM, PreTrain
         loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        if plan.ceiling < 1 and step % 50 == 0:
+            shares = held_back(plan, model, tok, step)
         if step % 200 == 0 or step == steps:
             spent = time.process_time() - began
             print(f"{plan.name:15} step {step:5}/{steps}  loss {loss.item():.3f}  {spent:6.1f} CPU-s", flush=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from opd.recipe.tree import Node, Origin, nearest, plain
@@ -130,6 +130,16 @@ printable = st.text(st.characters(codec="utf-8", exclude_categories=["Cc", "Cs"]
 def test_what_is_written_reads_back_the_same(data: object) -> None:
     node, found = read(write({"key": data}), at)
     assert not found and isinstance(node, Node) and plain(node) == {"key": data}
+
+
+SIGNS = "ab1:-[]{}&*!|>'\"#%@`,?~ \t\n.\\\x00\ud800\u2028"
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from(SIGNS) | st.characters(), max_size=40))
+def test_no_text_makes_a_traceback(text: str) -> None:
+    node, found = read(text, at)
+    assert node is not None or found
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from opd.errors import UsageError
 from opd.recipe.explain import Loc, generic
 from opd.recipe.layers import nearby
 from opd.recipe.places import Place
@@ -52,7 +53,9 @@ def written_out(data: Any, tree: Node, look: bool, loc: Loc = ()) -> tuple[Any, 
 def _resolve(text: str, kind: str, folder: Path) -> tuple[str, str]:
     """The path in full, or the text as it is; and a sentence when it must be a path and is none."""
     file, colon, name = text.rpartition(":") if kind == "code" else (text, "", "")
-    if text.startswith("world:") or text in _WORDS.get(kind, ()) or (kind == "code" and not file.endswith(".py")):
+    if text.startswith("world:"):
+        return text, _of_world(text, kind)
+    if text in _WORDS.get(kind, ()) or (kind == "code" and not file.endswith(".py")):
         return text, ""
     path = Path(file).expanduser()
     tried = list(dict.fromkeys([(folder / path).absolute(), path.absolute()]))
@@ -63,6 +66,17 @@ def _resolve(text: str, kind: str, folder: Path) -> tuple[str, str]:
     if kind in ("model", "data") and not explicit and _HUB.fullmatch(file):
         return text, ""
     return _normal(tried[0]) + colon + name, f"{_normal(tried[0])} not found.{nearby(Path(_normal(tried[0])))}"
+
+
+def _of_world(text: str, kind: str) -> str:
+    """Why the built-in world has no such model or task; nothing if it has."""
+    from opd import tasks, world
+
+    try:
+        world.path(text) if kind == "model" else tasks.task(text.split(":")[1])
+    except UsageError as error:
+        return str(error)
+    return ""
 
 
 def _normal(path: Path) -> str:

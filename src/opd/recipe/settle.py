@@ -78,17 +78,18 @@ def _stage(stage: Node, train: Node, speak: Node, problems: list[Problem]) -> No
 
 
 def _same_names(stages: Node) -> Iterator[Problem]:
-    seen: dict[object, Node] = {}
+    seen: dict[str, Node] = {}
     for stage in stages.value if isinstance(stages.value, list) else ():
         name = stage.items.get("name")
-        if name is not None and name.value in seen:
+        if name is None or not isinstance(name.value, str):
+            continue
+        if name.value in seen:
             first = seen[name.value].origin.label
             yield Problem(
                 under(stage.origin, "name") if name.origin.key.endswith("method.name") else name.origin,
                 f"is {name.value!r}, as at {first}. Give each stage a `name` of its own: metrics go by it.",
             )
-        elif name is not None and isinstance(name.value, str):
-            seen[name.value] = name
+        seen.setdefault(name.value, name)
 
 
 def _engines(stages: Node) -> Iterator[Problem]:

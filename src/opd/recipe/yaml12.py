@@ -49,7 +49,13 @@ def _sequence(dumper: yaml.SafeDumper, items: list[Any]) -> yaml.Node:
     return dumper.represent_sequence(_TAG + "seq", items, flow_style=scalars)
 
 
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    """Line breaks of other alphabets survive only as escapes."""
+    return dumper.represent_scalar(_TAG + "str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
+
+
 _Dumper.add_representer(list, _sequence)
+_Dumper.add_representer(str, _text)
 
 
 def write(value: Any) -> str:

@@ -238,26 +238,26 @@ def load(
     the output layer never). Only safetensors are read: pickled weights are refused. Raises `UsageError` for a model
     that cannot be loaded so, `CheckFailed` for one whose head opd does not understand.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     compute = getattr(torch, dtype)
     stored = compute if frozen or lora or dtype == "float64" else torch.float32
+    remote = {"trust_remote_code": trust_remote_code}
     try:
-        module = AutoModelForCausalLM.from_pretrained(
-            str(source), dtype=stored, trust_remote_code=trust_remote_code, use_safetensors=True
-        )
+        if AutoConfig.from_pretrained(str(source), **remote).is_encoder_decoder:
+            raise UsageError(f"model `{source}` is an encoder-decoder; opd distils decoders. TRL's GKD handles T5")
+        module = AutoModelForCausalLM.from_pretrained(str(source), dtype=stored, use_safetensors=True, **remote)
     except (OSError, ValueError) as error:
         raise UsageError(f"model `{source}` could not be loaded: {str(error).splitlines()[0]}") from error
-    if getattr(module.config, "is_encoder_decoder", False):
-        raise UsageError(f"model `{source}` is an encoder-decoder; opd distils decoders. TRL's GKD handles T5")
     if drop_layers:
         _drop_layers(module, drop_layers, str(source))
     _no_noise(module)
     if gradient_checkpointing:
         try:
-            module.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            enable = getattr(module, "activation_checkpointing_enable", None) or module.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         except ValueError as error:
             raise UsageError(f"student.gradient_checkpointing: `{source}` cannot: {error}") from error
     if lora:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.engines.base import Sampling, Spoken
+from opd.engines.fused import fused
 from opd.engines.noise import key, uniform
 from opd.engines.plain import Plain
 from opd.engines.sample import draw
@@ -90,7 +91,7 @@ def generate(
 
     with _speaking(model), torch.no_grad():
         device = next(model.parameters()).device
-        decoder = Plain(model, pad_id)
+        decoder = _decoder(model, max(map(len, prompts), default=0) + sampling.max_tokens, pad_id)
         speech = _Speech(decoder, noise, sampling, stop_ids, vocab, len(jobs), device)
         begun = 0
         while begun < len(jobs) or speech.live:
@@ -105,6 +106,20 @@ def generate(
     return [[said[prompt, sample] for sample in range(samples)] for prompt in range(len(prompts))]
 
 
+def path(model: nn.Module) -> str:
+    """Which decode loop `generate` uses for the model, and why: a line to print."""
+    with _speaking(model), torch.no_grad():
+        decoder = fused(model, 8)
+    return (
+        f"plain loop, because {decoder}" if isinstance(decoder, str) else "fused loop, equal to the model when probed"
+    )
+
+
+def _decoder(model: nn.Module, length: int, pad_id: int) -> Decoder:
+    decoder = fused(model, length)
+    return Plain(model, pad_id) if isinstance(decoder, str) else decoder
+
+
 @contextmanager
 def _speaking(model: nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards the mode that each module was in."""
@@ -115,6 +130,7 @@ def _speaking(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+        torch.clear_autocast_cache()  # casts made without gradient must not reach a training forward
 
 
 def _refuse_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], ids: Sequence[str], sampling: Sampling) -> None:
@@ -225,7 +241,7 @@ class _Speech:
 
     def _leave(self) -> None:
         stay_R = (~self.done_R & (self.position_R < self.sampling.max_tokens)).nonzero()[:, 0]
-        if len(stay_R) and len(stay_R) < self.live:
+        if self.decoder.drops and len(stay_R) < self.live:
             self.decoder.keep(stay_R)
         self.row_R, self.position_R, self.token_R, self.done_R = (
             held_R[stay_R] for held_R in (self.row_R, self.position_R, self.token_R, self.done_R)

@@ -43,7 +43,7 @@ def test_stages_take_what_they_do_not_say_from_the_recipe(folder: Path) -> None:
     assert (first.train.lr, first.train.clip, first.train.prompts) == (1e-6, 1.0, 16)
     assert (second.train.lr, second.train.clip, second.train.prompts) == (2e-6, None, 16)
     assert (first.speak.temperature, second.speak.temperature, second.speak.max_tokens) == (0.9, 0.8, 64)
-    assert first.critic.learn and first.critic.alone_steps == 10 and not second.critic.learn
+    assert first.critic.learn and first.critic.alone_steps == 10 and second.critic.learn is None
 
 
 def test_arguments_arrive_as_the_function_wants_them(folder: Path) -> None:
@@ -139,6 +139,21 @@ def test_overrides_reach_into_lists(folder: Path) -> None:
     assert (recipe.data.train[1].weight, recipe.data.dev[0].domain) == (4.0, "x")
 
 
+def test_stages_are_changed_and_taken_out_by_name(folder: Path) -> None:
+    (folder / "base.yaml").write_text(STAGES)
+    (folder / "ablation.yaml").write_text("stages: {shove: {method: {group: 2}, steps: 7, epochs: null}}\n")
+    files = [folder / "base.yaml", folder / "ablation.yaml"]
+    both = load(files, methods=METHODS, rewards=REWARDS)
+    second = both.recipe.stages[1]
+    assert (second.method.args["group"], second.steps, second.epochs, second.train.clip) == (2, 7, None, None)
+    assert both.origins["stages.1.method.group"].endswith("ablation.yaml:1")
+    one = load(files, ["stages.shove.method.group=3", "stages.warm-up=null"], methods=METHODS, rewards=REWARDS)
+    assert [(s.name, s.method.args["group"]) for s in one.recipe.stages] == [("shove", 3)]
+    (folder / "ablation.yaml").write_text("stages: {warmup: null}\n")
+    with pytest.raises(UsageError, match=r"ablation.yaml:1: `stages` names no stage `warmup` .* warm-up, shove"):
+        load(files, methods=METHODS, rewards=REWARDS)
+
+
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -147,6 +162,7 @@ def test_overrides_reach_into_lists(folder: Path) -> None:
         ("train..lr=3", "Not of the form"),
         ("stages.2.steps=3", "`stages` (r.yaml:9) has the items 0 to 1, no `2`"),
         ("stages.-1.steps=3", "no `-1`"),
+        ("stages.shov.steps=3", "no `shov`"),
         ("train.lr=[1", "bracket"),
         ("student.model.name=x", "`student.model` is 'some/model' (r.yaml:1), which has no key `name` to set"),
         ("trian.lr=1", "`trian` is not a key. Did you mean `train`?"),

@@ -37,6 +37,11 @@ class Leg:
     def name(self) -> str:
         return self.stage.name or self.method.name
 
+    @property
+    def learns(self) -> bool:
+        """Whether the critic learns in this stage."""
+        return any(not learned.fixed for learned in self.method.loss.learned)
+
     def steps(self, prompts: int) -> int:
         """Length in steps, for a training set of this many prompts."""
         if self.stage.steps is not None:
@@ -61,6 +66,13 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
             group = built.group if built.group > 1 else stage.critic.group
             objective = Objective(recipe.critic.loss, good="teacher", bad="student")
             built = built.with_critic(objective, group)
+        elif stage.critic.learn is False:
+            built = built.with_fixed_critic()
+            if built.loss.learned and not any(leg.learns for leg in found):
+                problems.append(
+                    f"stage `{stage.name}` leaves the critic as it is (critic.learn: false), and no stage before it "
+                    "teaches one: its scores would be those of a random head. Teach it in an earlier stage"
+                )
         speak = stage.speak
         sampling = Sampling(speak.max_tokens, speak.temperature, speak.top_p, speak.top_k, speak.min_p)
         cut = [f"{k} = {getattr(speak, k)}" for k in ("top_p", "top_k", "min_p") if sampling.truncated]
@@ -158,6 +170,8 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
         template = (folder / template).read_text()
     voice = renderer(tokenizer, stop_ids=stop_ids, template=template, think=recipe.data.think)
 
+    if recipe.critic.init != "student" and any(leg.learns for leg in found):
+        _critic_fits(recipe, tokenizer)
     models: dict[str, CausalModel] = {}
     voices: dict[str, Renderer] = {}
     answers: dict[str, dict[str, tuple[str, ...]]] = {}
@@ -183,6 +197,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
         sampling=replace(found[0].sampling, temperature=1.0),
         seed=recipe.run.seed,
         rows=recipe.speak.batch_rows,
+        answers_each={role: teacher.samples for role, teacher in recipe.teachers.items()},
     )
     specs = [{"use": r.use, "weight": r.weight, "args": dict(r.args)} for r in recipe.reward]
     scorers = rewards_module.load_all(specs, folder)
@@ -222,6 +237,15 @@ def load_tokenizer(model: str, trust_remote_code: bool = False) -> Any:
 def with_vocab(model: CausalModel, vocab: int) -> CausalModel:
     """Only ids that the tokenizer has are real; rows of the head above them are padding, in speaking too."""
     return replace(model, head=replace(model.head, vocab=min(vocab, model.head.weight.shape[0])))
+
+
+def _critic_fits(recipe: Recipe, tokenizer: Any) -> None:
+    own = load_tokenizer(recipe.critic.init, recipe.student.trust_remote_code)
+    if difference := same_tokenizer(tokenizer, own):
+        raise UsageError(
+            f"critic.init `{recipe.critic.init}` does not share the tokenizer of student `{recipe.student.model}`: "
+            f"{difference}. A critic reads the student's token ids: choose a model of the student's family"
+        )
 
 
 def _teacher(

@@ -166,16 +166,17 @@ class K3:
 
 @dataclass(frozen=True)
 class Learn:
-    """A critic's own objective over pairs of rollouts. No gradient reaches the student."""
+    """A critic's own objective over pairs of rollouts. No gradient reaches the student; none anyone if `fixed`."""
 
     judge: Judge
     objective: Objective
+    fixed: bool = False
     expressions: ClassVar[tuple[Expression, ...]] = ()
 
     needs: ClassVar[Any] = property(lambda self: {Judge(self.objective.good): Says.TEXT})
 
     def __str__(self) -> str:
-        return f"learn({self.judge}: {self.objective})"
+        return f"{'fixed' if self.fixed else 'learn'}({self.judge}: {self.objective})"
 
 
 @dataclass(frozen=True)

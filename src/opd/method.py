@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Interval
 
 from opd.errors import UsageError
-from opd.loss import Loss, Objective, Push, learn
+from opd.loss import Learn, Loss, Objective, Push, learn
 from opd.schedule import Coefficient
 from opd.types import Judge, Says
 
@@ -117,6 +117,13 @@ class Method:
         names = tuple(dict.fromkeys(["student", *self.speaks.names]))
         rows = [replace(t, source=t.source or self.speaks.names[0]) for t in self.loss.terms]
         return replace(self, speaks=both(*names), loss=Loss(tuple(rows)) + learn(CRITIC, objective), group=group)
+
+    def with_fixed_critic(self) -> Method:
+        """The same, while the critic stays as it is: its score is still the reward, its objective is only measured."""
+        fixed = [
+            replace(t, head=replace(t.head, fixed=True)) if isinstance(t.head, Learn) else t for t in self.loss.terms
+        ]
+        return replace(self, loss=Loss(tuple(fixed)))
 
 
 # --- finding and building methods ------------------------------------------------------------------------------------

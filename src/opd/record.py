@@ -166,7 +166,8 @@ def flops(
         if says in (Says.TOKEN, Says.DENSE):
             total += 2 * size(teachers.model(judge.role)) * length(batch.rollouts)
     if critic is not None and method.loss.learned:
-        total += (2 + 6) * size(critic.model) * length(students) * (1 + 1 / max(1, method.group))
+        per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
+        total += per_token * size(critic.model) * length(students) * (1 + 1 / max(1, method.group))
     return total
 
 

@@ -36,6 +36,7 @@ class Teachers:
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
     seed: int = 0
     rows: int = 64
+    answers_each: Mapping[str, int] = field(default_factory=dict)  # texts that a model gives to a prompt, if not 1
     _said: dict[tuple[str, str], tuple[Rollout, ...]] = field(default_factory=dict)
 
     def model(self, role: str) -> CausalModel:
@@ -53,14 +54,17 @@ class Teachers:
     def texts(self, role: str, prompts: Iterable[Prompt]) -> dict[str, tuple[Rollout, ...]]:
         """What a role answers to each prompt, as rollouts of given text, by prompt id.
 
-        Recorded answers are looked up. A model answers each prompt once, with noise that depends on the prompt alone,
-        so that a prompt meets the same text in every epoch and after every resume, as if it had been recorded.
+        Recorded answers are looked up. A model answers each prompt once (`answers_each`), with noise that depends on
+        the prompt alone, so that a prompt meets the same text in every epoch and after every resume, as if it had been
+        recorded.
         """
         asked = {p.id: p for p in prompts}
         missing = [p for i, p in asked.items() if (role, i) not in self._said]
         if role in self.models and missing:
-            for prompt, spoken in zip(missing, self.sample(role, missing, step=0), strict=True):
-                self._said[role, prompt.id] = (spoken,)
+            each = self.answers_each.get(role, 1)
+            spoken = self.sample(role, missing, step=0, samples=each)
+            for i, prompt in enumerate(missing):
+                self._said[role, prompt.id] = tuple(spoken[i * each : (i + 1) * each])
         elif missing:
             for prompt in missing:
                 self._said[role, prompt.id] = self._recorded(role, prompt)

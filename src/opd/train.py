@@ -20,7 +20,7 @@ from opd.batch import pack
 from opd.critic import Critic, beside
 from opd.diagnose import Watchdog
 from opd.errors import OpdError
-from opd.eval import evaluate
+from opd.eval import LOWER_IS_BETTER, evaluate
 from opd.interrupt import Interrupt
 from opd.log import RunFolder
 from opd.model import CausalModel, load, trained
@@ -293,9 +293,12 @@ def _one(run: Run, steps: int) -> str | None:
     for learned in leg.method.loss.learned:
         assert run.critic is not None
         pairs = teachers.pairs(rollouts, learned.objective.good)
-        ranks = run.critic.update(pairs, learned.objective, run.critic.optim.lr)
-        for _ in range(recipe.critic.steps - 1):
-            run.critic.update(pairs, learned.objective, run.critic.optim.lr)
+        if learned.fixed:
+            ranks = run.critic.ranks(run.critic.score(pairs.rows), pairs)
+        else:
+            ranks = run.critic.update(pairs, learned.objective, run.critic.optim.lr)
+            for _ in range(recipe.critic.steps - 1):
+                run.critic.update(pairs, learned.objective, run.critic.optim.lr)
         stats |= ranks | record.critic_view(rollouts, teachers, learned.objective.good)
     tick()
     at.step, at.leg_step, at.cursor = at.step + 1, at.leg_step + 1, at.cursor + own.prompts
@@ -387,7 +390,8 @@ def _keep_best(run: Run, numbers: Mapping[str, float]) -> None:
             raise OpdError(f"eval.metric `{recipe.eval.metric}` is not measured; there are {known}")
         return
     inside = band is None or band[0] <= numbers.get("eval/length_ratio", 1.0) <= band[1]
-    if inside and (at.best_value is None or value > at.best_value):
+    gain = 0.0 if at.best_value is None else value - at.best_value
+    if inside and (at.best_value is None or (gain < 0 if name in LOWER_IS_BETTER else gain > 0)):
         at.best_step, at.best_value = at.step, value
         if at.step:
             _save(run)

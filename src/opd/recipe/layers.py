@@ -2,13 +2,13 @@
 
 A later file wins over an earlier one: mappings merge key by key, everything else is replaced. The arguments of a method
 belong to it, so a `method` of another name replaces all of it. An empty section (`train:` with nothing under it) says
-nothing.
+nothing. Over a list of stages a mapping changes them by name, and null takes one out: an ablation is one line.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -38,7 +38,7 @@ def compose(paths: Sequence[str | Path], overrides: Sequence[str]) -> tuple[Node
     layers = [_file(Path(path), number, problems) for number, path in enumerate(paths)]
     tree = Node({}, Origin(str(paths[0]) if paths else "recipe", Path.cwd()))
     for number, layer in enumerate(layer for layer in layers if layer is not None):
-        tree = merge(tree, layer) if number else layer
+        tree = shaped(_over(tree, layer, problems)) if number else layer
     for number, override in enumerate(overrides):
         tree = _override(tree, override, len(paths) + number, problems)
     if None in layers:
@@ -80,11 +80,25 @@ def shaped(node: Node, path: tuple[str, ...] = ()) -> Node:
         node = Node({_SHORT[path]: node}, node.origin)
     if isinstance(node.value, list):
         return replace(node, value=[shaped(child, (*path, "*")) for child in node.value])
-    return replace(node, value={k: shaped(v, (*path, k)) for k, v in node.items.items()}) if node.items else node
+    by_name = path == ("stages",)
+    entries = {k: shaped(v, (*path, "*" if by_name else k)) for k, v in node.items.items()}
+    return replace(node, value=entries) if entries else node
+
+
+def _over(below: Node, above: Node, problems: list[Problem]) -> Node:
+    try:
+        return merge(below, above)
+    except _NoPlaceError as error:
+        problems.append(Problem(above.items["stages"].origin, str(error)))
+        return below
 
 
 def merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
     """`above` over `below`."""
+    if path == ("stages",) and isinstance(below.value, list) and isinstance(above.value, dict):
+        for name, change in above.value.items():
+            below = _stage(below, name, lambda stage, change=change: merge(stage, change, ("stages", "*")))
+        return below
     if above.value is None and len(path) == 1 and path[0] in _SECTIONS:
         return below
     if not isinstance(below.value, dict) or not isinstance(above.value, dict):
@@ -95,6 +109,25 @@ def merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
     for key, child in above.value.items():
         entries[key] = merge(entries[key], child, (*path, key)) if key in entries else child
     return replace(below, value=entries)
+
+
+def _stage(stages: Node, name: str, change: Callable[[Node], Node]) -> Node:
+    """The list with the stage of this name changed, or without it where the change is null."""
+    items = list(stages.value) if isinstance(stages.value, list) else []
+    names = [_called(stage) for stage in items]
+    if name not in names:
+        shown = ", ".join(str(n) for n in names if n) or "none with a name"
+        raise _NoPlaceError(f"names no stage `{name}` ({stages.origin.label}); there are {shown}.")
+    at = names.index(name)
+    changed = change(items[at])
+    return replace(stages, value=[*items[:at], *([] if changed.value is None else [changed]), *items[at + 1 :]])
+
+
+def _called(stage: Node) -> object:
+    """A stage's name: its own, or its method's."""
+    method = stage.items.get("method", stage)
+    own = stage.items.get("name") or method.items.get("name", method)
+    return own.value
 
 
 def _name(method: Node) -> object:
@@ -132,6 +165,8 @@ def _put(node: Node, parts: Sequence[str], leaf: Node, done: tuple[str, ...]) ->
     if isinstance(node.value, list):
         items = list(node.value)
         numbers = {str(i): i for i in range(len(items))}
+        if done == ("stages",) and part in map(_called, items):
+            return _stage(node, part, lambda stage: _put(stage, rest, leaf, (*done, part)))
         if not part.isdecimal() and len(items) == 1:
             return replace(node, value=[_put(items[0], parts, leaf, done)])
         if part not in numbers:

@@ -90,6 +90,7 @@ class Teacher(Section):
     answers: str | None = says("a JSONL or parquet file of recorded answers: text only", None)
     url: str | None = says("an OpenAI-compatible endpoint", None)
     cache: str | None = says("a folder of recorded scores", None)
+    samples: Count = says("answers that a model gives to each prompt, where its text is read", 1)
     licence: str | None = says("licence of what this teacher says, for the model card", None)
     dtype: Dtype = says("what the teacher computes in", "float32")
     trust_remote_code: bool = says("run Python code that comes with the model", False)
@@ -195,7 +196,7 @@ class Speak(Section):
 class StageCritic(Section):
     """What the critic does in this stage."""
 
-    learn: bool = says("teach the critic in a stage whose method does not", False)
+    learn: bool | None = says("true teaches it beside a method that does not, false leaves it as it is", None)
     alone_steps: Natural = says("first steps of the stage in which only the critic learns", 0)
     group: Count = says("student samples a prompt for it, in a stage whose method asks for one", 8)
 

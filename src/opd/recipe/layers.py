@@ -10,6 +10,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -97,7 +98,7 @@ def merge(below: Node, above: Node, path: tuple[str, ...] = ()) -> Node:
     """`above` over `below`."""
     if path == ("stages",) and isinstance(below.value, list) and isinstance(above.value, dict):
         for name, change in above.value.items():
-            below = _stage(below, name, lambda stage, change=change: merge(stage, change, ("stages", "*")))
+            below = _stage(below, name, partial(_merged, change))
         return below
     if above.value is None and len(path) == 1 and path[0] in _SECTIONS:
         return below
@@ -128,6 +129,10 @@ def _called(stage: Node) -> object:
     method = stage.items.get("method", stage)
     own = stage.items.get("name") or method.items.get("name", method)
     return own.value
+
+
+def _merged(change: Node, stage: Node) -> Node:
+    return merge(stage, change, ("stages", "*"))
 
 
 def _name(method: Node) -> object:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -81,7 +82,7 @@ def recipe_of(way: Way, into: Path, quick: bool, prompts: int) -> recipes.Recipe
         "reward": {"use": "task"},
         "speak": {"max_tokens": 24, "batch_rows": 256},
         "eval": {"every": 0, "keep": "last"},
-        "run": {"dir": str(into), "name": way.name, "seed": 17, "save_every": 0, "threads": 2},
+        "run": {"dir": str(into), "name": way.name, "seed": 17, "save_every": 0, "threads": 1},
         **way.recipe,
     }
     if quick and "steps" in way.quick:
@@ -116,7 +117,7 @@ def show(*, quick: bool, into: Path, as_json: bool) -> list[dict[str, Any]]:
         console.print(table(rows, teacher))
         console.print(verdict(rows, teacher), soft_wrap=True, highlight=False)
         console.print(f"The report: {place.resolve()}", soft_wrap=True, highlight=False)
-        console.print("next: opd samples " + str(folders[-1]) + ", or copy recipes/gad.cpu.yaml and make it yours")
+        console.print(f"next: opd samples {folders[-1]}", soft_wrap=True, highlight=False)
     return rows
 
 
@@ -144,22 +145,25 @@ def ceiling(into: Path, quick: bool) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], teacher: Mapping[str, float]) -> Table:
     """Accuracy before and after with intervals, and what it cost."""
-    out = Table(title="The same student, taught three ways (share of right answers, 95 % intervals)")
-    for head in ("method", "knows", "greedy", "sampled", *(f"{d} (sampled)" for d in DOMAINS)):
-        out.add_column(head)
-    for head in ("tokens spoken", "tokens learned", "seconds", "GFLOP"):
-        out.add_column(head, justify="right")
-    start = rows[0]["before"]
-    out.add_row("start", "", *_accuracies(start), "", "", "", "")
+    title = "One student taught three ways: % right, greedy and sampled [95 % interval]"
+    out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
+    out.add_column("method\n", no_wrap=True)
+    for head in ("greedy\n", "sampled\n"):
+        out.add_column(head, no_wrap=True)
+    for head in (*(f"{d}\nsampled" for d in DOMAINS), "tokens\nspoken", "tokens\nlearned", "s\n", "GFLOP\n"):
+        out.add_column(head, justify="right", no_wrap=True)
+    blank = ("", "", "", "")
+    out.add_row("start", *_accuracies(rows[0]["before"]), *blank)
     for row in rows:
-        cost = (row["tokens"]["generated"], row["tokens"]["trained"], row["seconds"], row["flops"] / 1e9)
-        out.add_row(row["method"], row["knows"], *_accuracies(row["after"]), *(f"{c:,.0f}" for c in cost))
-    out.add_row("teacher", "", *_accuracies(teacher), "", "", "", "", style="dim")
+        tokens = (f"{row['tokens'][k] / 1000:.0f}k" for k in ("generated", "trained"))
+        costs = (f"{row['seconds']:.0f}", f"{row['flops'] / 1e9:.0f}")
+        out.add_row(row["method"], *_accuracies(row["after"]), *tokens, *costs)
+    out.add_row("teacher", *_accuracies(teacher), *blank, style="dim")
     return out
 
 
 def _accuracies(numbers: Mapping[str, float]) -> list[str]:
-    pair = lambda k: f"{100 * numbers[k]:.0f} [{100 * numbers[k + '_low']:.0f}, {100 * numbers[k + '_high']:.0f}]"
+    pair = lambda k: f"{100 * numbers[k]:.0f} [{100 * numbers[k + '_low']:.0f}-{100 * numbers[k + '_high']:.0f}]"
     whole = [pair("eval/accuracy"), pair("eval/accuracy_sampled")]
     return whole + [f"{100 * numbers[f'eval/{d}/accuracy_sampled']:.0f}" for d in DOMAINS]
 

@@ -25,7 +25,7 @@ from opd.report.lights import lights
 from opd.report.provenance import recipe_rows
 from opd.report.run import Estimate, load
 from opd.report.summary import duration, verdict
-from opd.report.svg import Scale, Series, line_chart, number, smooth, thin, ticks
+from opd.report.svg import Boundary, Scale, Series, labels, line_chart, number, smooth, thin, ticks
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
 
@@ -164,7 +164,7 @@ def test_several_runs_are_compared(runs: dict[str, Path], tmp_path: Path) -> Non
     assert "Highest accuracy after training: gad-2026-11-22-01, 63.0 % [59.0, 67.0]." in text
     assert "+22.0 points" in text and "+5.0 points" in text
     differing = text.split("What differs in the recipes")[1].split("Health")[0]
-    assert "train.lr" in differing and "speak.temperature" not in differing
+    assert "train.lr" in differing and "speak.temperature" not in differing and "Keys that only some" not in differing
     lines = [attrs for attrs in found.all("path") if attrs.get("data-name")]
     assert {attrs["data-name"] for attrs in lines} >= {"gad-2026-11-22-01", "gad-slow", "gad-slow student"}
     assert len({re.search(r"c\d", attrs["class"] or "")[0] for attrs in lines}) == 2  # type: ignore[index]
@@ -451,6 +451,24 @@ def test_a_logarithmic_scale_is_used_when_spikes_would_flatten_the_rest() -> Non
     points = [(float(i), 1000.0 if i == 7 else 1.0) for i in range(50)]
     assert 'data-log="1"' in line_chart([Series("a", points)], title="t")
     assert Scale(1, 100, 0, 1, log=True)(10) == pytest.approx(0.5)
+
+
+def test_levels_of_an_axis_are_told_apart() -> None:
+    assert labels([0.5435, 0.544, 0.5445], percent=False) == ["0.5435", "0.544", "0.5445"]
+    assert labels([0.0, 0.5, 1.0], percent=True) == ["0 %", "50 %", "100 %"]
+    assert labels([]) == []
+
+
+def test_a_change_too_small_to_matter_is_drawn_small() -> None:
+    points = [(float(i), 1 + 1e-6 * (i % 2)) for i in range(20)]
+    low, high = re.search(r'data-y="(\S+) (\S+)"', line_chart([Series("a", points)], title="t")).groups()  # type: ignore[union-attr]
+    assert 0.98 < float(low) < 0.995 and 1.005 < float(high) < 1.02
+
+
+def test_stage_names_are_left_out_where_the_next_stage_would_cut_them() -> None:
+    stages = [Boundary(0, "warm-up"), Boundary(5, "gad"), Boundary(60, "last")]
+    svg = line_chart([Series("a", [(0.0, 1.0), (100.0, 2.0)])], title="t", boundaries=stages)
+    assert re.findall(r'class="stage-name"[^>]*>([^<]*)<', svg) == ["gad", "last"]
 
 
 @pytest.mark.parametrize(

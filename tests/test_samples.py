@@ -13,7 +13,7 @@ from made_runs import bare_run, good_run, hostile_run
 from rich.console import Console
 
 from opd.errors import UsageError
-from opd.samples import pick, show
+from opd.samples import select, show
 
 
 @pytest.fixture(scope="module")
@@ -28,15 +28,15 @@ def printed(run: Path, width: int = 120, **options: object) -> str:
 
 
 def test_the_last_step_is_shown_in_recorded_order(run: Path) -> None:
-    rows = pick(run)
+    rows = select(run)
     assert {row["step"] for row in rows} == {50}
     assert [row["prompt_id"][:2] for row in rows] == ["00", "01", "02", "03", "04", "05"]
-    assert len(pick(run, n=2)) == 2
-    assert {row["step"] for row in pick(run, step=25)} == {25}
+    assert len(select(run, n=2)) == 2
+    assert {row["step"] for row in select(run, step=25)} == {25}
 
 
 def test_worst_and_best_order_by_reward(run: Path) -> None:
-    worst, best = ([row["reward"] for row in pick(run, **{order: True})] for order in ("worst", "best"))
+    worst, best = ([row["reward"] for row in select(run, **{order: True})] for order in ("worst", "best"))
     assert worst == sorted(worst) and best == worst[::-1] and len(set(worst)) > 1
 
 
@@ -46,14 +46,14 @@ def test_without_reward_the_critic_orders_and_rows_without_either_come_last(tmp_
     with RunFolder.create(tmp_path, "r") as folder:
         for name, score in (("a", None), ("b", 0.1), ("c", 2.0), ("d", -1.0)):
             folder.sample({"step": 1, "text": name, "score": score, "teacher_score": 0.5})
-    assert [row["text"] for row in pick(tmp_path / "r", worst=True)] == ["d", "b", "c", "a"]
-    assert [row["text"] for row in pick(tmp_path / "r", best=True)] == ["c", "b", "d", "a"]
+    assert [row["text"] for row in select(tmp_path / "r", worst=True)] == ["d", "b", "c", "a"]
+    assert [row["text"] for row in select(tmp_path / "r", best=True)] == ["c", "b", "d", "a"]
 
 
 def test_a_prompt_is_followed_through_the_steps_by_id_or_text(run: Path) -> None:
-    by_id, by_text = pick(run, prompt="00c0"), pick(run, prompt="SKY IS blue")
+    by_id, by_text = select(run, prompt="00c0"), select(run, prompt="SKY IS blue")
     assert by_id == by_text and [row["step"] for row in by_id] == [0, 25, 50]
-    assert [row["step"] for row in pick(run, prompt="00c0", step=25)] == [25]
+    assert [row["step"] for row in select(run, prompt="00c0", step=25)] == [25]
 
 
 @pytest.mark.parametrize(
@@ -67,12 +67,12 @@ def test_a_prompt_is_followed_through_the_steps_by_id_or_text(run: Path) -> None
 )
 def test_what_does_not_fit_is_said(run: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=re.escape(message)):
-        pick(run, **options)  # type: ignore[arg-type]
+        select(run, **options)  # type: ignore[arg-type]
 
 
 def test_a_run_without_samples_says_why(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="has no samples yet"):
-        pick(bare_run(tmp_path))
+        select(bare_run(tmp_path))
 
 
 @pytest.mark.parametrize("width", [40, 120])

@@ -22,7 +22,7 @@ _HEAT = ((2.0, "white on red"), (1.0, "black on dark_orange"), (0.5, "black on o
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
-def pick(
+def select(
     run: Path, step: int | None = None, worst: bool = False, best: bool = False, prompt: str | None = None, n: int = 8
 ) -> list[Row]:
     """At most `n` rows of a run's samples.
@@ -63,7 +63,7 @@ def show(
     run: Path, step: int | None = None, worst: bool = False, best: bool = False, prompt: str | None = None, n: int = 8
 ) -> RenderableType:
     """The picked rows for a rich console: student beside teacher, with rewards and the critic's scores."""
-    rows = pick(run, step, worst, best, prompt, n)
+    rows = select(run, step, worst, best, prompt, n)
     return Group(*(_card(row) for row in rows))
 
 
@@ -100,7 +100,7 @@ def _facts(row: Row) -> Text:
 
 
 def _said(row: Row) -> Text:
-    """The text; with per-token KL to the teacher, warmer where they disagree more."""
+    """The text; warmer where it is likelier to the student than to the teacher."""
     kl, pieces = row.get("kl_per_token"), row.get("pieces")
     if not isinstance(kl, list) or not isinstance(pieces, list) or len(kl) != len(pieces):
         return Text(_safe(row["text"]), overflow="fold") if row["text"] else Text("(empty)", style="dim")

@@ -243,8 +243,9 @@ def test_two_runs_answer_side_by_side_and_alone(browser: Browser, pages: dict[st
     browser.show(pages["two"])
     heads = "[...document.querySelector('.card').querySelectorAll('.said h4')].map((h) => h.firstChild.textContent)"
     assert browser.run(heads) == ["gad-2026-11-22-01", "gad-slow", "teacher"]
-    assert browser.run(COUNT) == "6 samples at step 75"
+    assert browser.run(COUNT) == "12 samples at step 75" and browser.run(CARDS) == 6
     browser.run(set_value("run", "1", "change"))
+    assert browser.run(COUNT) == "6 samples at step 75"
     assert browser.run(heads) == ["student", "teacher"]
 
 

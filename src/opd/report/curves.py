@@ -13,6 +13,7 @@ from opd.report.svg import DASHES, Boundary, Mark, MarkKind, Series, line_chart,
 
 MARKS: dict[str, MarkKind] = {"warning": "warning", "best": "best", "resume": "resume", "stop": "stop"}
 MARKS_PER_RUN = 16
+MAIN = ("accuracy", "accuracy_sampled", "dev_score")  # evaluations shown first, beside the headline and its domains
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +115,8 @@ def groups(runs: Sequence[Run], detail: int) -> dict[str, list[Chart]]:
     `detail` is the most points that a curve is drawn with.
     """
     frame = _Frame.of(runs, detail)
-    out = {"Outcome": _evaluations(runs, frame)}
+    outcome, more = _evaluations(runs, frame)
+    out = {"Outcome": outcome}
     for title, specs in KNOWN.items():
         out[title] = [chart for spec in specs if (chart := _chart(spec, runs, frame))]
     out["Reward and critic"] += _rest(runs, frame, "reward/")
@@ -122,6 +124,7 @@ def groups(runs: Sequence[Run], detail: int) -> dict[str, list[Chart]]:
     known = {key for specs in KNOWN.values() for spec in specs for key, _ in spec.keys}
     others = dict.fromkeys(key for run in runs for key in (*run.keys, *run.perf_keys))
     rest = [key for key in others if key not in known and not key.startswith(("loss/", "reward/"))]
+    out["More of the evaluation"] = more
     out["Other"] = [chart for key in rest if (chart := _chart(Spec(key, ((key, key),)), runs, frame))]
     return {title: charts for title, charts in out.items() if charts}
 
@@ -227,8 +230,8 @@ def is_share(name: str) -> bool:
     return any(word in name for word in ("accuracy", "share", "pass_at"))
 
 
-def _evaluations(runs: Sequence[Run], frame: _Frame) -> list[Chart]:
-    """One chart a figure with its interval; a figure that only splits another by domain joins one chart of domains."""
+def _evaluations(runs: Sequence[Run], frame: _Frame) -> tuple[list[Chart], list[Chart]]:
+    """(the main figures, the others): a chart a figure with its interval; one run's domains share a chart."""
     names = list(dict.fromkeys(name for run in runs for line in run.evals.values() for name in line))
     headline = next((name for run in runs if (name := run.headline())), None)
     names = sorted((name for name in names if name != "prompts"), key=lambda name: name != headline)
@@ -236,7 +239,8 @@ def _evaluations(runs: Sequence[Run], frame: _Frame) -> list[Chart]:
     for name in names:
         domain, _, figure = name.rpartition("/")
         by_figure.setdefault(f"{figure} by domain" if domain and len(runs) == 1 else name, []).append(name)
-    charts = []
+    main: list[Chart] = []
+    more: list[Chart] = []
     for title, members in by_figure.items():
         labels = [name.rpartition("/")[0] or name for name in members]
         series = [
@@ -248,8 +252,9 @@ def _evaluations(runs: Sequence[Run], frame: _Frame) -> list[Chart]:
         words = "with intervals" if any(s.intervals for s in series) else ""
         spec = Spec(figure_words(title), (), words, percent=is_share(title))
         if chart := _draw(spec, series, labels, runs, frame):
-            charts.append(chart)
-    return charts
+            figure = members[0].rpartition("/")[2]
+            (main if figure == headline or members[0] in MAIN else more).append(chart)
+    return main, more
 
 
 def _evaluation(

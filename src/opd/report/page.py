@@ -67,8 +67,8 @@ def _context(runs: Sequence[Run]) -> dict[str, Any]:
         "comparing": len(runs) > 1,
         "title": ", ".join(run.name for run in runs),
         "comparison": summary.comparison(runs) if len(runs) > 1 else None,
-        "differences": provenance.recipe_differences(runs) if len(runs) > 1 else [],
-        "lock_differences": provenance.lock_differences(runs) if len(runs) > 1 else [],
+        "differences": provenance.recipe_differences(runs),
+        "lock_differences": provenance.lock_differences(runs),
         "health": summary.health_table([lights(run) for run in runs]),
     }
 

@@ -41,9 +41,12 @@ def lock_rows(run: Run) -> list[Row]:
     return [Row(key, shown(value)) for key, value in flatten(run.lock).items()]
 
 
-def recipe_differences(runs: Sequence[Run]) -> list[Difference]:
-    """Recipe keys on which the runs disagree."""
-    return _differences([flatten(run.recipe) for run in runs])
+def recipe_differences(runs: Sequence[Run]) -> tuple[list[Difference], list[Difference]]:
+    """Recipe keys on which the runs disagree: (those that all of them have, those that only some have)."""
+    flat = [flatten(run.recipe) for run in runs]
+    found = _differences(flat)
+    shared = [row for row in found if all(row.key in one for one in flat)]
+    return shared, [row for row in found if row not in shared]
 
 
 def lock_differences(runs: Sequence[Run]) -> list[Difference]:

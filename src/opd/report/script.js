@@ -28,7 +28,15 @@
     const { runs, texts, rows } = JSON.parse(at("samples-data").textContent);
     const text = (index) => (index === null ? null : texts[index]);
     const ALL = -1;
-    const state = { run: runs.length > 1 ? ALL : 0, step: null, filter: "", domain: "", order: "recorded", follow: "" };
+    const seen = new Map(); // what each prompt was sampled at: steps and runs
+    rows.forEach((row) => {
+      const places = seen.get(row.prompt_id) || { steps: new Set(), runs: new Set() };
+      places.steps.add(row.step);
+      places.runs.add(row.run);
+      seen.set(row.prompt_id, places);
+    });
+    const shared = [...seen.values()].some((places) => places.runs.size > 1);
+    const state = { run: shared ? ALL : 0, step: null, filter: "", domain: "", order: "recorded", follow: "" };
     const MOST = 40;
 
     const ofRun = (row) => state.run === ALL || row.run === state.run;
@@ -54,9 +62,9 @@
         && (!state.domain || row.domain === state.domain)
         && (!wanted || row.prompt_id.toLowerCase().includes(wanted) || (text(row.prompt) || "").toLowerCase().includes(wanted)));
       if (orders[state.order]) found.sort(orders[state.order]);
-      const cards = new Map(); // one a prompt: the runs' answers to it side by side
+      const cards = new Map(); // one a step and prompt: the samples of a group, and the runs' answers, belong together
       found.forEach((row) => {
-        const key = JSON.stringify([row.step, row.prompt_id, row.sample, row.speaker]);
+        const key = JSON.stringify([row.step, row.prompt_id]);
         cards.set(key, [...(cards.get(key) || []), row]);
       });
       if (state.follow) return [...cards.values()].sort((a, b) => a[0].step - b[0].step);
@@ -82,7 +90,7 @@
     }
 
     function scale() {
-      const bar = make("p", "heat", "KL to the teacher, nats: ");
+      const bar = make("p", "heat", "warmer: likelier to the student than to the teacher, by nats: ");
       ["0.05", "0.2", "0.5", "1", "2"].forEach((edge, i) => bar.append(make("span", "k" + (i + 1), edge)));
       return bar;
     }
@@ -113,29 +121,34 @@
     }
 
     function answered(row) {
-      const finish = row.finish === "length" ? make("span", "cut", "cut at the limit") : row.finish;
-      const name = state.run === ALL ? runs[row.run] : row.speaker || "student";
+      const finish = row.finish === "length" ? make("span", "cut", "cut at the limit") : row.finish === "given" ? "" : row.finish;
+      const speaker = row.speaker || "student";
+      const name = state.run !== ALL ? speaker : runs[row.run] + (speaker === "student" ? "" : `: ${speaker}`);
       const kind = state.run === ALL ? "s" + (row.run % 6) : row.speaker === "teacher" ? "teacher" : "student";
       return said(kind, name, [
         row.tokens !== null && `${row.tokens} tokens`, finish,
         row.reward !== null && `reward ${figure(row.reward)}`, row.score !== null && `score ${figure(row.score)}`,
-      ], row.kl ? make("div", "", heat(row), scale()) : plain(text(row.text)), judged(row));
+      ], row.kl ? heat(row) : plain(text(row.text)), judged(row));
     }
 
     function card(group) {
       const row = group[0];
       const place = make("p", "place", [`step ${row.step}`, row.stage, row.domain].filter(Boolean).join(" · "), make("code", "", row.prompt_id));
-      const follow = make("button", "follow", state.follow ? "back to one step" : "follow this prompt");
-      follow.type = "button";
-      follow.addEventListener("click", () => { state.follow = state.follow ? "" : row.prompt_id; redraw(); });
-      place.append(follow);
+      if (state.follow || seen.get(row.prompt_id).steps.size > 1) {
+        const follow = make("button", "follow", state.follow ? "back to one step" : "follow this prompt");
+        follow.type = "button";
+        follow.addEventListener("click", () => { state.follow = state.follow ? "" : row.prompt_id; redraw(); });
+        place.append(follow);
+      }
       const prompt = make("div", "prompt", text(row.prompt) || "");
       prompt.dir = "auto";
-      const known = group.find((each) => each.teacher_text !== null);
-      const teacher = known ? said("teacher", "teacher", [
-        group.length === 1 && row.teacher_score !== null && `score ${figure(row.teacher_score)}`,
-      ], plain(text(known.teacher_text))) : null;
-      return make("article", "card", place, prompt, make("div", "pair", ...group.map(answered), teacher));
+      const columns = [...new Set(group.map((each) => each.run))].map((run) =>
+        make("div", "column", ...group.filter((each) => each.run === run).map(answered)));
+      const known = group.find((each) => each.teacher_text !== null && each.teacher_text !== each.text);
+      const teacher = known ? make("div", "column", said("teacher", "teacher", [
+        columns.length === 1 && known.teacher_score !== null && `score ${figure(known.teacher_score)}`,
+      ], plain(text(known.teacher_text)))) : null;
+      return make("article", "card", place, prompt, make("div", "pair", ...columns, teacher));
     }
 
     function options(select, values, named) {
@@ -156,10 +169,12 @@
       slider.disabled = at("earlier").disabled = at("later").disabled = Boolean(state.follow) || known.length < 2;
       at("step-shown").textContent = state.follow ? "all, for one prompt" : String(state.step);
       const found = chosen();
-      at("cards").replaceChildren(...found.slice(0, MOST).map(card));
+      const warm = found.some((group) => group.some((row) => row.kl));
+      at("cards").replaceChildren(...(warm ? [scale()] : []), ...found.slice(0, MOST).map(card));
       const where = state.follow ? "of this prompt" : `at step ${state.step}`;
-      at("count").textContent = `${found.length} ${found.length === 1 ? "sample" : "samples"} ${where}`
-        + (found.length > MOST ? `, the first ${MOST} shown` : "") + (found.length ? "" : ": widen the filter or move the step");
+      const total = found.reduce((sum, group) => sum + group.length, 0);
+      at("count").textContent = `${total} ${total === 1 ? "sample" : "samples"} ${where}`
+        + (found.length > MOST ? `, the first ${MOST} prompts shown` : "") + (found.length ? "" : ": widen the filter or move the step");
     }
 
     function redraw() {

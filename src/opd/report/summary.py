@@ -28,13 +28,13 @@ class Tile:
 
 @dataclass(frozen=True, slots=True)
 class StageWords:
-    """What one stage optimised."""
+    """What one stage optimised; `earlier` is the equation of the stage before."""
 
     name: str
-    method: str
-    steps: str
+    facts: str
     words: str
     equation: str
+    earlier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +152,14 @@ def tiles(run: Run) -> list[Tile]:
 
 def objective(run: Run) -> dict[str, Any]:
     """The plan's account of what was optimised; stages are told apart where there are several."""
-    stages = [
-        StageWords(*(_text(stage.get(key)) for key in ("name", "method", "steps", "words", "equation")))
-        for stage in run.plan.get("stages") or ()
-        if isinstance(stage, Mapping)
-    ]
+    stages: list[StageWords] = []
+    for stage in run.plan.get("stages") or ():
+        if isinstance(stage, Mapping):
+            name, method, steps = (_text(stage.get(key)) for key in ("name", "method", "steps"))
+            facts = [method if method != name else "", f"{steps} steps" if steps else ""]
+            earlier = stages[-1].equation if stages else ""
+            words, equation = _text(stage.get("words")), _text(stage.get("equation"))
+            stages.append(StageWords(name, ", ".join(filter(None, facts)), words, equation, earlier))
     needs = run.plan.get("needs")
     return {
         "words": _text(run.plan.get("objective_words")),

@@ -20,6 +20,7 @@ WIDTH, HEIGHT = 380.0, 190.0
 LEFT, RIGHT, TOP, BOTTOM = 42.0, 10.0, 14.0, 20.0
 POINTS = 150  # beyond this a curve is drawn as bucket means inside their lowest and highest
 SMOOTH = 60  # points of the moving average over a noisy curve
+FLAT = 0.02  # an axis spans at least this share of its values
 PLAIN = 50  # at this many points and below, bands are left out
 NOISY = 6.0  # a curve that goes up and down this many times its own range is noisy
 COLOURS, DASHES = 6, 4
@@ -99,21 +100,30 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
-def number(value: float | None, percent: bool = False) -> str:
+def number(value: float | None, percent: bool = False, digits: int = 3) -> str:
     """A number for people: 3 significant digits; 12.3k, 4.56M; or a share as a percentage."""
     if value is None or not math.isfinite(value):
         return "–"
     if percent:
-        return f"{value * 100:.3g} %" if abs(value) < 9.995 else f"{value * 100:.0f} %"
+        return f"{value * 100:.{digits}g} %" if abs(value) < 9.995 else f"{value * 100:.0f} %"
     size = abs(value)
     for limit, suffix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k")):
         if size >= limit:
-            return f"{value / (1e3 if suffix == 'k' else limit):.3g}{suffix}"
+            return f"{value / (1e3 if suffix == 'k' else limit):.{digits}g}{suffix}"
     if size >= 1000:
         return f"{value:.0f}"
     if size and size < 1e-3:
-        return f"{value:.2g}"
-    return f"{value:.3g}"
+        return f"{value:.{digits - 1}g}"
+    return f"{value:.{digits}g}"
+
+
+def labels(levels: Sequence[float], percent: bool = False) -> list[str]:
+    """The levels of an axis in as few digits as tell them apart."""
+    for digits in range(3, 9):
+        found = [number(level, percent, digits) for level in levels]
+        if len(set(found)) == len(found):
+            break
+    return found if levels else []
 
 
 def line_chart(
@@ -232,17 +242,20 @@ def _y_scale(
                 low, high = min(low, edge), max(high, edge)
     if 0 <= low < 0.45 * high or (from_zero and low > 0):
         low = 0.0
-    pad = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    short = FLAT * max(abs(low), abs(high)) - (high - low)
+    if short > 0:  # a change this small is drawn as small
+        low, high = low - short / 2, high + short / 2
+    pad = (high - low) * 0.06 or 1.0
     return Scale(low if low == 0 else low - pad, high + pad, HEIGHT - BOTTOM, TOP)
 
 
 def _grid(x: Scale, y: Scale, percent: bool) -> str:
     parts = []
     levels = [v for v in _decades(y) if y.low <= v <= y.high] if y.log else ticks(y.low, y.high, 4)
-    for level in levels:
+    for level, label in zip(levels, labels(levels, percent), strict=True):
         at = y(level)
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>')
-        parts.append(f'<text class="tick end" x="{LEFT - 5:g}" y="{at + 3.5:.1f}">{number(level, percent)}</text>')
+        parts.append(f'<text class="tick end" x="{LEFT - 5:g}" y="{at + 3.5:.1f}">{label}</text>')
     whole = [v for v in ticks(x.low, x.high, 5) if v == int(v)]
     for step in whole:
         at = x(step)
@@ -321,15 +334,15 @@ def _path(points: Sequence[Point], x: Scale, y: Scale) -> str:
 
 def _boundaries(x: Scale, boundaries: Sequence[Boundary]) -> list[str]:
     """Upright lines, named where there is room for the name."""
-    parts, free = [], LEFT
-    for boundary in sorted(boundaries, key=lambda b: b.x):
+    parts = []
+    ordered = sorted(boundaries, key=lambda b: b.x)
+    ends = [*(x(later.x) for later in ordered[1:]), WIDTH + 4]
+    for boundary, end in zip(ordered, ends, strict=False):
         at, text = x(boundary.x), _short(boundary.text, 18)
         kind = "stage" if boundary.colour is None else f"stage c{boundary.colour % COLOURS}"
         parts.append(f'<path class="{kind}" d="M{at:.1f} {TOP - 8:g}V{HEIGHT - BOTTOM:g}"/>')
-        wide = 6.0 * len(text) + 6
-        if at >= free - 0.1 and at + wide <= WIDTH + 4:
+        if at + 6.0 * len(text) + 4 <= end:
             parts.append(f'<text class="stage-name" x="{at + 3:.1f}" y="{TOP - 3:g}">{escape(text)}</text>')
-            free = at + wide
     return parts
 
 

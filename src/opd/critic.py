@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from opd.batch import Total
 from opd.loss import Objective
-from opd.model import CausalModel, adapter, trained
+from opd.model import CausalModel, adapter, copy_adapter, trained
 from opd.student import Optim, adamw, guarded_step
 from opd.types import Rollout
 
@@ -203,12 +203,10 @@ class Critic:
 def beside(
     student: CausalModel, optim: Optim, *, seed: int, score_l2: float = 0.0, start: CausalModel | None = None
 ) -> Critic:
-    """A critic that starts from the student's weights (or `start`'s): a copy, or an adapter on the same frozen base."""
+    """A critic that starts as the student (or `start`): a copy of it, or of its adapter, on the same frozen base."""
     source = start or student
     if source.adapter is not None and start is None:
-        module = source.module
-        module.add_adapter("critic", module.peft_config[source.adapter])  # type: ignore[operator, index]
-        model = replace(source, adapter="critic", name="critic", extra={})
+        model = replace(source, adapter=copy_adapter(source.module, source.adapter, "critic"), name="critic", extra={})
     else:
         module = copy.deepcopy(source.module).requires_grad_(True)
         model = replace(source, module=_headless(module), name="critic", adapter=None, extra={})

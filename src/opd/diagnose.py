@@ -1,4 +1,4 @@
-"""What goes wrong in a run, noticed while it runs: warnings with cause and remedy, and the alarm that stops it."""
+"""What goes wrong in a run, noticed while it runs: warnings with cause and remedy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ class Watchdog:
     said: dict[str, int] = field(default_factory=dict)
     first_entropy: float | None = None
     steps: int = 0
-    student_waits: bool = False
-    reason: str = ""
 
     def look(self, stats: Mapping[str, float]) -> Iterator[tuple[str, str]]:
         """Warnings that this step's numbers give rise to: what is seen, and what to do about it."""
@@ -38,10 +36,6 @@ class Watchdog:
             ):
                 self.said[name + message] = self.steps
                 yield message.format(mean), remedy
-
-    def collapsed(self, before: Mapping[str, float], now: Mapping[str, float]) -> bool:
-        """Whether the run has gone so far below its start that going on costs more than it can bring."""
-        return False
 
 
 _WATCHED = {

@@ -1,8 +1,8 @@
 """The record of a run: a folder of JSONL, JSON and YAML that survives kill -9, a full disk and a move elsewhere.
 
-Streams (`metrics`, `perf`, `samples`, `events`) grow by one line a write, so a killed process leaves at most one torn
-last line, which readers ignore and the next writer cuts. Documents (`recipe.yaml`, `plan.json`) are replaced whole.
-Only `metrics.jsonl` promises bytes: it holds nothing but what follows from recipe, data, seed and code.
+Streams (`metrics`, `perf`, `samples`, `answers`, `events`) grow by one line a write, so a killed process leaves at most
+one torn last line, which readers ignore and the next writer cuts. Documents (`recipe.yaml`, `plan.json`) are replaced
+whole. `metrics`, `samples` and `answers` hold nothing but what follows from recipe, data, seed and code.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from typing import Any, Literal
 
 from opd.errors import OpdError, UsageError
 
-STREAMS = ("metrics", "perf", "samples", "events")
+STREAMS = ("metrics", "perf", "samples", "answers", "events")
 Kind = Literal["warning", "stage", "checkpoint", "best", "stop", "resume", "note"]
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # no room on the disk, in the quota, below the file size limit
 _LEADING = ("step", "stage", "event")  # what a person looks for first in a line
 
 
@@ -99,8 +100,8 @@ class RunFolder:
         if bad:
             raise OpdError(
                 f"step {record.get('step', '?')}: {', '.join(sorted(bad))}. The update of this step cannot be trusted, "
-                f"so the run stops here and keeps its checkpoints in {self.checkpoints}; resume from one with a lower "
-                "train.lr or a tighter train.clip, and look at the samples of the steps before"
+                f"so the run stops here and keeps its checkpoints in {self.checkpoints}. A resume would meet it again: "
+                "begin a new run from one with --fork RUN@STEP and a lower train.lr or a tighter train.clip"
             )
         rest = sorted(key for key in record if key not in _LEADING)
         self._append("metrics", {key: record[key] for key in (*_LEADING, *rest) if key in record})
@@ -112,6 +113,10 @@ class RunFolder:
     def sample(self, record: Mapping[str, Any]) -> None:
         """One line of samples.jsonl."""
         self._append("samples", record)
+
+    def answer(self, role: str, prompt_id: str, response: str, finished: bool) -> None:
+        """One line of answers.jsonl: what a teacher in this process said, in the form of recorded answers."""
+        self._append("answers", {"role": role, "prompt_id": prompt_id, "response": response, "finished": finished})
 
     def event(self, step: int, kind: Kind, message: str, remedy: str = "") -> None:
         """One line of events.jsonl: something that happened, and for a warning what to do about it."""
@@ -289,8 +294,8 @@ def sync_folder(folder: Path) -> None:
 def is_full(error: BaseException) -> bool:
     """Whether this is the disk (or the quota) being full; the safetensors writer says it only in words."""
     if isinstance(error, OSError):
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
-    return type(error).__name__ == "SafetensorError" and f"os error {errno.ENOSPC}" in str(error)
+        return error.errno in _FULL
+    return type(error).__name__ == "SafetensorError" and any(f"os error {number})" in str(error) for number in _FULL)
 
 
 @contextmanager

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import copy
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from opd.batch import Batch, Dense, Score, Token
 from opd.chat import Renderer
 from opd.critic import Critic
 from opd.lock import lock
-from opd.log import RunFolder
+from opd.log import RunFolder, full_disk, json_line
 from opd.method import CRITIC, Method
 from opd.metrics import length_only_accuracy
 from opd.model import CausalModel, adapter
@@ -24,38 +24,46 @@ from opd.teachers import Teachers
 from opd.types import Rollout, Says
 
 
-def begin(
-    folder: RunFolder,
-    chosen: recipe.Recipe,
-    origins: Mapping[str, str],
-    planned: Mapping[str, Any],
-    parts: Parts,
-    base: Path,
-    device: str,
-) -> None:
-    """recipe.yaml, origins.json, plan.json and lock.json, before the first step."""
-    folder.write_text("recipe.yaml", recipe.dump(chosen))
-    folder.write_json("origins.json", dict(origins))
-    folder.write_json("plan.json", {**planned, "reads": list(parts.notes)})
+def locked(chosen: recipe.Recipe, parts: Parts, base: Path, device: str, origin: Path | None) -> dict[str, Any]:
+    """lock.json: what the run depends on. `origin` is the checkpoint that its student began with."""
     named = {"student": chosen.student.model} | {r: t.model for r, t in chosen.teachers.items() if t.model}
     places = {role: Path(model_path(model)) for role, model in named.items()}
-    locked = lock(
+    known = lock(
         seed=chosen.run.seed,
         threads=torch.get_num_threads(),
         device=device,
         models={role: place for role, place in places.items() if place.is_dir()},
     )
-    folder.write_json("lock.json", {**locked, "hashes": dict(parts.hashes), "base": str(base)})
-    for note in parts.notes:
+    begun = None if origin is None else str(origin.absolute())
+    return {**known, "hashes": dict(parts.hashes), "base": str(base.absolute()), "origin": begun}
+
+
+def begin(
+    folder: RunFolder,
+    chosen: recipe.Recipe,
+    origins: Mapping[str, str],
+    planned: Mapping[str, Any],
+    notes: Sequence[str],
+    known: Mapping[str, Any],
+) -> None:
+    """lock.json, plan.json, origins.json and, last, recipe.yaml, before the first step: with it a run can resume."""
+    folder.write_json("lock.json", known)
+    folder.write_json("plan.json", {**planned, "reads": list(notes)})
+    folder.write_json("origins.json", dict(origins))
+    for note in notes:
         folder.event(0, "note", note)
+    folder.write_text("recipe.yaml", recipe.dump(chosen))
 
 
-def describe(batch: Batch, method: Method) -> dict[str, float]:
-    """Numbers of a step's rollouts: rewards, scores, groups, lengths, tokens."""
+def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[str, float]:
+    """Numbers of a step's rollouts: rewards, scores, groups, lengths, tokens.
+
+    `spoken` are all of them; the batch lacks those that no reward could judge.
+    """
     students = [r for r in batch.rollouts if r.speaker == "student"]
     given = [r for r in batch.rollouts if r.speaker != "student"]
     out = {
-        "tokens/generated": float(sum(r.spoken for r in students)),
+        "tokens/generated": float(sum(r.spoken for r in spoken if r.speaker == "student")),
         "tokens/trained": float(sum(r.spoken for r in _counted(batch, method))),
     }
     if students:
@@ -64,6 +72,7 @@ def describe(batch: Batch, method: Method) -> dict[str, float]:
     if given:
         out["length/teacher_tokens"] = sum(r.spoken for r in given) / len(given)
     if "reward" in method.loss.reads:
+        out |= {"reward/missing_share": 1 - len(batch.rollouts) / max(1, len(spoken))}
         out |= _spread("reward", batch.reward_B, batch)
         for name in sorted({n for r in students for n in r.rewards}):
             given_it = [r.rewards[name] for r in students if name in r.rewards]
@@ -182,19 +191,32 @@ def keep_rollouts(folder: RunFolder, step: int, rollouts: Sequence[Rollout]) -> 
     """The rollouts of a step that went wrong, for a person to look at."""
     path = folder.path / "debug" / f"step-{step:06d}.jsonl"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w", encoding="utf-8") as file:
-        for rollout in rollouts:
-            file.write(json.dumps(asdict(rollout), ensure_ascii=False, default=str) + "\n")
+    path.write_bytes(b"".join(json_line(_plain(rollout)) for rollout in rollouts))
     return path
 
 
-def write_model(folder: Path, model: CausalModel, renderer: Renderer) -> None:
-    """The student as a folder that `from_pretrained` loads: merged when it was trained by LoRA."""
-    import copy
+def _plain(rollout: Rollout) -> dict[str, Any]:
+    held = ("speaker", "sample", "text", "finish", "tokens", "mask", "behaviour", "version", "rewards", "reward")
+    prompt = {"prompt_id": rollout.prompt.id, "prompt": rollout.prompt.text, "where": rollout.prompt.where}
+    return prompt | {name: getattr(rollout, name) for name in held}
 
+
+def write_model(folder: RunFolder, model: CausalModel, renderer: Renderer) -> None:
+    """The student as a folder `model` that `from_pretrained` loads: merged when it was trained by LoRA.
+
+    It is built beside its place and renamed, so it is whole or absent. Raises `OpdError` when the disk is full.
+    """
     module: Any = model.module
     if model.adapter is not None:
         with adapter(module, model.adapter):
             module = copy.deepcopy(module).merge_and_unload(adapter_names=[model.adapter])
-    module.save_pretrained(folder, safe_serialization=True)
-    renderer.tokenizer.save_pretrained(folder)
+    place, half = folder.path / "model", folder.path / ".model.tmp"
+    with full_disk(f"{place} could not be written", "The checkpoints are kept", folder.path):
+        try:
+            shutil.rmtree(half, ignore_errors=True)
+            module.save_pretrained(half, safe_serialization=True)
+            renderer.tokenizer.save_pretrained(half)
+            shutil.rmtree(place, ignore_errors=True)
+            half.rename(place)
+        finally:
+            shutil.rmtree(half, ignore_errors=True)

@@ -37,6 +37,8 @@ class Teachers:
     seed: int = 0
     rows: int = 64
     answers_each: Mapping[str, int] = field(default_factory=dict)  # texts that a model gives to a prompt, if not 1
+    heard: dict[tuple[str, str], list[tuple[str, bool]]] = field(default_factory=dict)  # of models: text, did it end
+    write_down: Callable[[str, str, str, bool], None] = lambda *_: None  # told of each answer of a model
     _said: dict[tuple[str, str], tuple[Rollout, ...]] = field(default_factory=dict)
 
     def model(self, role: str) -> CausalModel:
@@ -60,33 +62,31 @@ class Teachers:
         """
         asked = {p.id: p for p in prompts}
         missing = [p for i, p in asked.items() if (role, i) not in self._said]
-        if role in self.models and missing:
-            each = self.answers_each.get(role, 1)
-            spoken = self.sample(role, missing, step=0, samples=each)
-            for i, prompt in enumerate(missing):
-                self._said[role, prompt.id] = tuple(spoken[i * each : (i + 1) * each])
-        elif missing:
-            for prompt in missing:
-                self._said[role, prompt.id] = self._recorded(role, prompt)
+        if role in self.models:
+            self._ask(role, [p for p in missing if (role, p.id) not in self.heard])
+        for prompt in missing:
+            self._said[role, prompt.id] = self._given(role, prompt)
         return {i: self._said[role, i] for i in asked}
 
-    def _recorded(self, role: str, prompt: Prompt) -> tuple[Rollout, ...]:
-        found = self.answers.get(role, {}).get(prompt.id, ())
-        limit = self.sampling.max_tokens
-        given = self.renderer.given
-        return tuple(given(prompt, text, role, sample=k, max_tokens=limit) for k, text in enumerate(found))
+    def _given(self, role: str, prompt: Prompt) -> tuple[Rollout, ...]:
+        """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
+        given, limit = self.renderer.given, self.sampling.max_tokens
+        recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
+        said = self.heard[role, prompt.id] if role in self.models else recorded
+        return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
-    def sample(self, role: str, prompts: Sequence[Prompt], step: int, samples: int = 1) -> list[Rollout]:
-        """Answers that a teacher's model samples now, in the order of the prompts."""
+    def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
+        """Let a teacher's model answer prompts that it has not answered yet."""
+        if not prompts:
+            return
         model, voice = self.models[role], self.voices.get(role, self.renderer)
-        spoken = speak_with(model, voice, prompts, samples, self.sampling, self.seed, step, self.rows)
-        limit = self.sampling.max_tokens
-        finished = lambda s: s.finish == "stop"
-        return [  # canonical ids, as any other given text
-            self.renderer.given(p, voice.text(s.tokens), role, k, finished=finished(s), max_tokens=limit)
-            for p, each in zip(prompts, spoken, strict=True)
-            for k, s in enumerate(each)
-        ]
+        each = self.answers_each.get(role, 1)
+        said = speak_with(model, voice, prompts, each, self.sampling, self.seed, 0, self.rows)
+        for prompt, answers in zip(prompts, said, strict=True):
+            texts = [(voice.text(spoken.tokens), spoken.finish == "stop") for spoken in answers]
+            self.heard[role, prompt.id] = texts
+            for text, finished in texts:
+                self.write_down(role, prompt.id, text, finished)
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 

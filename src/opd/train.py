@@ -5,73 +5,31 @@ from __future__ import annotations
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from opd import checkpoint, record
+from opd import best, record, state
 from opd import rewards as scoring
-from opd.assemble import Leg, Parts, assemble, legs, optim, plan
-from opd.batch import pack
-from opd.critic import Critic, beside
+from opd.assemble import Leg, assemble, legs, optim, plan
+from opd.batch import Batch, pack
 from opd.diagnose import Watchdog
 from opd.errors import OpdError
-from opd.eval import LOWER_IS_BETTER, evaluate
+from opd.eval import evaluate
 from opd.interrupt import Interrupt
 from opd.log import RunFolder
-from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
 from opd.speak import speak
-from opd.student import NotFiniteError, Optim, Student
-from opd.types import Says
+from opd.state import Progress, Run, Watch
+from opd.student import NotFiniteError, Student
+from opd.types import Rollout, Says
 
-Watch = Callable[[str, Mapping[str, Any]], None]
-
-
-@dataclass
-class Progress:
-    """Where a run stands: all of its state that is not a tensor. Saved with every checkpoint."""
-
-    step: int = 0  # of the run
-    leg: int = 0
-    leg_step: int = 0
-    cursor: int = 0  # prompts drawn
-    version: int = 0
-    critic_steps: int = 0
-    empty: int = 0  # steps in a row without one token to learn from
-    best_step: int | None = None
-    best_value: float | None = None
-    evaluated: int = -1  # the last step that was evaluated
-    generated: int = 0  # tokens
-    learned: int = 0
-    flops: float = 0.0
-    seconds: float = 0.0
-    before: dict[str, float] = field(default_factory=dict)
-    after: dict[str, float] = field(default_factory=dict)
-    watchdog: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class Run:
-    """A run in memory."""
-
-    recipe: Recipe
-    legs: tuple[Leg, ...]
-    parts: Parts
-    folder: RunFolder
-    student: Student
-    critic: Critic | None
-    at: Progress
-    watch: Watch
-    watchdog: Watchdog
-
-    @property
-    def leg(self) -> Leg:
-        return self.legs[self.at.leg]
+__all__ = ["Watch", "learning_rate", "train"]
 
 
 def train(
@@ -96,113 +54,95 @@ def train(
     if recipe.run.threads:
         torch.set_num_threads(recipe.run.threads)
     torch.manual_seed(recipe.run.seed)
-    run = _open(recipe, folder, base, origins or {}, resume, watch or (lambda _kind, _numbers: None))
-    if origin is not None and not resume:
-        _load_into(run.student.model.module, checkpoint.load(origin)[0]["student"])
-        folder.event(0, "note", f"began with the student of {origin}")
+    run = _open(recipe, folder, base, origins or {}, resume, origin, watch or _nobody)
     interrupt = interrupt or Interrupt()
     status, reason = "failed", ""
     try:
         with interrupt:
+            folder.write_json("summary.json", run.summary("running"))
             status, reason = _stages(run, interrupt)
     except BaseException as error:
-        reason = str(error) or type(error).__name__
-        with suppress(OpdError):
+        now = isinstance(error, KeyboardInterrupt)
+        status = "stopped" if now else "failed"
+        reason = "interrupted twice, and stopped at once" if now else str(error) or type(error).__name__
+        with suppress(OpdError, OSError):
             folder.event(run.at.step, "stop", reason)
         raise
     finally:
-        summary = _summary(run, status, reason)
-        with suppress(OpdError):
+        summary = run.summary(status, reason)
+        with suppress(OpdError, OSError):
             folder.write_json("summary.json", summary)
     return summary
 
 
-# --- opening ---------------------------------------------------------------------------------------------------------
+def _nobody(_kind: str, _numbers: Mapping[str, Any]) -> None: ...
 
 
-def _open(recipe: Recipe, folder: RunFolder, base: Path, origins: Mapping[str, str], resume: bool, watch: Watch) -> Run:
+def _open(
+    recipe: Recipe,
+    folder: RunFolder,
+    base: Path,
+    origins: Mapping[str, str],
+    resume: bool,
+    origin: Path | None,
+    watch: Watch,
+) -> Run:
     found = legs(recipe, base)
     device = recipe.run.device if recipe.run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     parts = assemble(recipe, found, base, device)
+    parts.teachers.write_down = folder.answer
     student = Student(parts.student, optim(found[0].stage.train))
     run = Run(recipe, found, parts, folder, student, None, Progress(), watch, Watchdog())
+    known = record.locked(recipe, parts, base, device, origin)
     if resume:
-        _restore(run)
+        state.restore(run, known)
     else:
-        record.begin(folder, recipe, origins, plan(recipe, found), parts, base, device)
+        if origin is not None:
+            state.begin_from(run, origin)
+        record.begin(folder, recipe, origins, plan(recipe, found), parts.notes, known)
     return run
-
-
-def _restore(run: Run) -> None:
-    place = checkpoint.latest(run.folder.checkpoints)
-    if place is None:  # killed before the first one: begin again, on an empty record
-        run.folder.rewind(dict.fromkeys(run.folder.offsets(), 0))
-        return
-    tensors, state = checkpoint.load(place)
-    run.folder.rewind(state["offsets"])
-    run.at = Progress(**state["progress"])
-    run.watchdog = Watchdog(**run.at.watchdog)
-    _load_into(run.student.model.module, tensors["student"])
-    run.student.version = run.at.version
-    if run.at.leg < len(run.legs):
-        run.student.fresh_optimizer(optim(run.leg.stage.train))
-        if "student_optimizer" in tensors:
-            names = dict(trained(run.student.model.module))
-            checkpoint.restore_optimizer(run.student.optimizer, names, tensors["student_optimizer"])
-    if "reference" in tensors:
-        run.parts.teachers.reference = run.student.model.frozen_copy("reference")
-        _load_into(run.parts.teachers.reference.module, tensors["reference"])
-    if "critic" in tensors:
-        run.critic = run.parts.teachers.critic = _new_critic(run)
-        with run.critic.entered():
-            learner = run.critic.learner
-            _load_into(learner, tensors["critic"])
-            checkpoint.restore_optimizer(run.critic.optimizer, dict(trained(learner)), tensors["critic_optimizer"])
-        run.critic.steps = run.at.critic_steps
-    checkpoint.restore_random(tensors["random"])
-    run.folder.event(run.at.step, "resume", f"went on from the checkpoint of step {run.at.step}")
-
-
-def _load_into(module: torch.nn.Module, group: Mapping[str, torch.Tensor]) -> None:
-    with torch.no_grad():
-        own = dict(module.named_parameters())
-        for name, tensor in group.items():
-            own[name].copy_(tensor)
 
 
 # --- stages ----------------------------------------------------------------------------------------------------------
 
 
 def _stages(run: Run, interrupt: Interrupt) -> tuple[str, str]:
-    """Every stage to its end; returns the status and, when stopped early, why."""
-    at, recipe = run.at, run.recipe
-    if at.step == 0 and recipe.eval.at_start and at.evaluated < 0:
-        _evaluate(run)
+    """Every stage to its end; returns the status and, when stopped early, why.
+
+    A turn of the loop does what is due after a step and then makes the next, so that a run that was stopped anywhere
+    in it finds its place by what its checkpoint says.
+    """
+    at, every = run.at, run.recipe.run.save_every
+    stop: str | None = None
+    saved = at.step
     while at.leg < len(run.legs):
+        if interrupt.asked:
+            state.save(run)
+            run.folder.event(at.step, "stop", "interrupted; the step was finished and saved")
+            return "stopped", "interrupted"
         steps = run.leg.steps(run.parts.mixture.size)
+        ended = at.leg_step >= steps
+        better = _evaluate(run) if ended or stop or _due(run) else False
+        if ended:
+            at.leg, at.leg_step = at.leg + 1, 0
+        if ended or better or stop or (every and at.step % every == 0 and at.step > saved):
+            state.save(run)
+            saved = at.step
+        if stop:
+            return _finish(run, "stopped", stop)
+        if ended or interrupt.asked:
+            continue
         if at.leg_step == 0:
             _begin_stage(run, steps)
-        while at.leg_step < steps:
-            started = time.perf_counter()
-            stop = _one(run, steps)
-            at.seconds += time.perf_counter() - started
-            due = recipe.eval.every and at.step % recipe.eval.every == 0
-            if due and at.leg_step < steps:
-                _evaluate(run)
-            if stop is None and run.watchdog.collapsed(run.at.before, run.at.after):
-                stop = run.watchdog.reason
-            saved = recipe.run.save_every and at.step % recipe.run.save_every == 0
-            if interrupt.asked or stop is not None or saved:
-                _save(run)
-            if stop is not None:
-                return _finish(run, "stopped", stop)
-            if interrupt.asked:
-                run.folder.event(at.step, "stop", "interrupted; the step was finished and saved")
-                return "stopped", "interrupted"
-        at.leg, at.leg_step = at.leg + 1, 0
-        _evaluate(run)
-        _save(run)
+        started = time.perf_counter()
+        stop = _one(run, steps)
+        at.seconds += time.perf_counter() - started
     return _finish(run, "finished", "")
+
+
+def _due(run: Run) -> bool:
+    own, step = run.recipe.eval, run.at.step
+    return own.at_start if step == 0 else bool(own.every) and step % own.every == 0
 
 
 def _begin_stage(run: Run, steps: int) -> None:
@@ -211,28 +151,10 @@ def _begin_stage(run: Run, steps: int) -> None:
     if any(j.role == "reference" for j in leg.method.needs):
         teachers.reference = run.student.model.frozen_copy("reference")
     if leg.method.loss.learned and run.critic is None:
-        run.critic = teachers.critic = _new_critic(run)
+        run.critic = teachers.critic = state.new_critic(run)
     words = f"stage `{leg.name}`: {leg.method.loss}, {steps} steps"
     run.folder.event(run.at.step, "stage", words)
     run.watch("stage", {"name": leg.name, "steps": steps, "equation": str(leg.method.loss)})
-
-
-def _new_critic(run: Run) -> Critic:
-    settings, own = run.recipe.critic, run.leg.stage.train
-    chosen = Optim(
-        lr=settings.lr,
-        betas=own.betas,
-        eps=own.eps,
-        weight_decay=settings.weight_decay,
-        clip=settings.clip or 0.0,
-        tokens_per_micro=own.tokens_per_micro,
-    )
-    start = None
-    if settings.init != "student":
-        from opd.assemble import model_path
-
-        start = load(model_path(settings.init), dtype=run.recipe.student.dtype, device=run.student.model.device)
-    return beside(run.student.model, chosen, seed=run.recipe.run.seed, score_l2=settings.score_l2, start=start)
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -256,72 +178,104 @@ def learning_rate(leg: Leg, step: int, steps: int) -> float:
 
 def _one(run: Run, steps: int) -> str | None:
     """One step; returns why the run should stop, or None."""
-    at, leg, recipe, teachers = run.at, run.leg, run.recipe, run.parts.teachers
+    at, leg, teachers = run.at, run.leg, run.parts.teachers
     clock = [time.perf_counter()]
-    tick = lambda: clock.append(time.perf_counter())
-    own = leg.stage.train
-
-    prompts = run.parts.mixture.prompts(at.cursor, own.prompts)
-    rollouts = speak(
-        prompts,
-        leg.method,
-        student=run.student,
-        teachers=teachers,
-        sampling=leg.sampling,
-        seed=recipe.run.seed,
-        step=at.step,
-        cursor=at.cursor,
-        rows=recipe.speak.batch_rows,
-    )
-    if "reward" in leg.method.loss.reads:
-        rollouts = [r for r in scoring.score(run.parts.rewards, rollouts) if r.reward is not None]
-    tick()
-    dtype = torch.float64 if run.student.model.compute == torch.float64 else torch.float32
-    batch = pack(rollouts, temperature=leg.sampling.temperature, device=run.student.model.device, dtype=dtype)
-    batch = teachers.hear(batch, leg.method.needs)
-    tick()
-    lr = learning_rate(leg, at.leg_step, steps)
-    stats: dict[str, float] = {}
-    waits = at.leg_step < leg.stage.critic.alone_steps or run.watchdog.student_waits
-    if not waits:
-        try:
-            stats = run.student.update(batch, leg.method.loss, at.leg_step, lr)
-        except NotFiniteError as error:
-            kept = record.keep_rollouts(run.folder, at.step + 1, rollouts)
-            raise OpdError(f"step {at.step + 1}, stage `{leg.name}`: {error}; its rollouts are in {kept}") from error
-        stats["lr/student"] = lr
-    for learned in leg.method.loss.learned:
-        assert run.critic is not None
-        pairs = teachers.pairs(rollouts, learned.objective.good)
-        if learned.fixed:
-            ranks = run.critic.ranks(run.critic.score(pairs.rows), pairs)
-        else:
-            ranks = run.critic.update(pairs, learned.objective, run.critic.optim.lr)
-            for _ in range(recipe.critic.steps - 1):
-                run.critic.update(pairs, learned.objective, run.critic.optim.lr)
-        stats |= ranks | record.critic_view(rollouts, teachers, learned.objective.good)
-    tick()
-    at.step, at.leg_step, at.cursor = at.step + 1, at.leg_step + 1, at.cursor + own.prompts
+    waits = at.leg_step < leg.stage.critic.alone_steps
+    spoken: list[Rollout] = []
+    try:
+        spoken = _speak(run)
+        rollouts = spoken
+        if "reward" in leg.method.loss.reads:
+            rollouts = [r for r in scoring.score(run.parts.rewards, spoken) if r.reward is not None]
+        clock.append(time.perf_counter())
+        model = run.student.model
+        dtype = torch.float64 if model.compute == torch.float64 else torch.float32
+        batch = pack(rollouts, temperature=leg.sampling.temperature, device=model.device, dtype=dtype)
+        batch = teachers.hear(batch, leg.method.needs)
+        clock.append(time.perf_counter())
+        stats = {} if waits else _learn(run, batch, learning_rate(leg, at.leg_step, steps))
+        stats |= _teach_critic(run, rollouts)
+        clock.append(time.perf_counter())
+    except (OpdError, torch.OutOfMemoryError) as error:
+        raise _located(run, error, spoken) from error
+    at.step, at.leg_step, at.cursor = at.step + 1, at.leg_step + 1, at.cursor + leg.stage.train.prompts
     at.version = run.student.version
     at.critic_steps = run.critic.steps if run.critic else 0
-    stats |= record.describe(batch, leg.method)
+    stats |= record.describe(batch, leg.method, spoken)
     at.generated += int(stats["tokens/generated"])
-    at.learned += 0 if waits else int(stats["tokens/trained"])
-    at.flops += record.flops(run.student.model, run.critic, teachers, leg.method, batch, learning=not waits)
-    _write(run, batch, rollouts, stats, clock)
-    return _guard(run, stats, waits)
+    if not waits:
+        at.learned += int(stats["tokens/trained"])
+        at.empty = at.empty + 1 if stats.get("grad/norm", 0.0) == 0.0 else 0
+        stats["grad/empty_steps"] = float(at.empty)
+    at.flops += record.flops(model, run.critic, teachers, leg.method, batch, learning=not waits)
+    _write(run, batch, stats, clock)
+    _warn(run, stats)
+    return None if waits else _nothing_learned(run, stats)
 
 
-def _write(run: Run, batch: Any, rollouts: Any, stats: Mapping[str, float], clock: list[float]) -> None:
+def _speak(run: Run) -> list[Rollout]:
+    at, leg = run.at, run.leg
+    return speak(
+        run.parts.mixture.prompts(at.cursor, leg.stage.train.prompts),
+        leg.method,
+        student=run.student,
+        teachers=run.parts.teachers,
+        sampling=leg.sampling,
+        seed=run.recipe.run.seed,
+        step=at.step,
+        cursor=at.cursor,
+        rows=run.recipe.speak.batch_rows,
+    )
+
+
+def _learn(run: Run, batch: Batch, lr: float) -> dict[str, float]:
+    return {**run.student.update(batch, run.leg.method.loss, run.at.leg_step, lr), "lr/student": lr}
+
+
+def _teach_critic(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+    stats: dict[str, float] = {}
+    for learned in run.leg.method.loss.learned:
+        assert run.critic is not None
+        lr, good = run.critic.optim.lr, learned.objective.good
+        pairs = run.parts.teachers.pairs(rollouts, good)
+        if learned.fixed:
+            stats |= run.critic.ranks(run.critic.score(pairs.rows), pairs)
+        else:
+            stats |= {**run.critic.update(pairs, learned.objective, lr), "lr/critic": lr}
+            for _ in range(run.recipe.critic.steps - 1):
+                run.critic.update(pairs, learned.objective, lr)
+        stats |= record.critic_view(rollouts, run.parts.teachers, good)
+    return stats
+
+
+def _located(run: Run, error: Exception, spoken: Sequence[Rollout]) -> OpdError:
+    """The error of a step with its place, and with what was said in the step kept for a person to look at."""
+    said = f"step {run.at.step + 1}, stage `{run.leg.name}`: "
+    if isinstance(error, OpdError):
+        said += str(error)
+    else:
+        said += f"the device is out of memory ({error}). Lower train.tokens_per_micro, train.tile or speak.batch_rows"
+    if spoken:
+        with suppress(OSError):
+            said += f". What was said in this step is in {record.keep_rollouts(run.folder, run.at.step + 1, spoken)}"
+    if isinstance(error, NotFiniteError):
+        said += (
+            ". A resume would meet it again: begin a new run from an earlier checkpoint with --fork RUN@STEP, and with "
+            "a lower train.lr, a tighter train.clip or a method or teacher that gives finite numbers"
+        )
+    return type(error)(said) if isinstance(error, OpdError) else OpdError(said)
+
+
+def _write(run: Run, batch: Batch, stats: Mapping[str, float], clock: list[float]) -> None:
     at, folder = run.at, run.folder
     folder.metrics({"step": at.step, "stage": run.leg.name, **stats})
-    spans = [b - a for a, b in zip(clock, clock[1:], strict=False)]
+    spans = [b - a for a, b in pairwise(clock)]
     total = clock[-1] - clock[0]
     perf = {
         "step": at.step,
         "time/step_s": total,
         **dict(zip(("time/speak_s", "time/judge_s", "time/learn_s"), spans, strict=True)),
-        "rate/tokens_per_s": sum(r.spoken for r in rollouts) / max(total, 1e-9),
+        "rate/tokens_per_s": sum(r.spoken for r in batch.rollouts) / max(total, 1e-9),
         "memory/peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
     }
     folder.perf(perf)
@@ -330,99 +284,59 @@ def _write(run: Run, batch: Any, rollouts: Any, stats: Mapping[str, float], cloc
     run.watch("step", {"step": at.step, "stage": run.leg.name, **stats, **perf})
 
 
-def _guard(run: Run, stats: Mapping[str, float], waits: bool) -> str | None:
+def _warn(run: Run, stats: Mapping[str, float]) -> None:
     for message, remedy in run.watchdog.look(stats):
         run.folder.event(run.at.step, "warning", message, remedy)
         run.watch("warning", {"step": run.at.step, "message": message, "remedy": remedy})
     run.at.watchdog = asdict(run.watchdog)
-    if waits:
+
+
+def _nothing_learned(run: Run, stats: Mapping[str, float]) -> str | None:
+    if run.at.empty < run.leg.stage.train.max_empty_steps:
         return None
-    run.at.empty = run.at.empty + 1 if stats.get("grad/norm", 0.0) == 0.0 else 0
-    limit = run.leg.stage.train.max_empty_steps
-    if run.at.empty >= limit:
-        dead = stats.get("group/degenerate_share")
-        why = f"; {dead:.0%} of the groups had equal rewards" if dead else ""
-        return (
-            f"{limit} steps in a row had nothing to learn from{why}. Raise speak.temperature or the group, or choose "
-            "prompts that the student sometimes gets right"
-        )
-    return None
+    dead = stats.get("group/degenerate_share")
+    why = f"; {dead:.0%} of the groups had equal rewards" if dead else ""
+    return (
+        f"{run.at.empty} steps in a row had nothing to learn from{why}. Raise speak.temperature or the group, or "
+        "choose prompts that the student sometimes gets right"
+    )
 
 
-# --- evaluation, checkpoints, the end --------------------------------------------------------------------------------
+# --- evaluation, the end ---------------------------------------------------------------------------------------------
 
 
-def _evaluate(run: Run) -> None:
+def _evaluate(run: Run) -> bool:
+    """Measure the student on data.dev, once a step; whether it is the best so far.
+
+    Every evaluation samples as the last stage does, so that those of different stages can be compared.
+    """
     recipe, at = run.recipe, run.at
     if not run.parts.dev or at.evaluated == at.step:
-        return
-    leg = run.legs[min(at.leg, len(run.legs) - 1)]
+        return False
     role = next((j.role for each in run.legs for j, s in each.method.needs.items() if s is Says.TEXT), None)
-    numbers = evaluate(
-        run.student.model,
-        run.parts.teachers,
-        run.parts.dev,
-        leg.sampling,
-        rewards=run.parts.rewards,
-        critic=run.critic,
-        text_role=role,
-        greedy=recipe.eval.greedy,
-        sampled=recipe.eval.sampled,
-        samples=recipe.eval.samples,
-        seed=recipe.run.seed,
-        rows=recipe.speak.batch_rows,
-    )
-    at.evaluated = at.step
-    at.before = at.before or numbers
-    at.after = numbers
-    run.folder.metrics({"step": at.step, "stage": leg.name, "event": "eval", **numbers})
-    run.watch("eval", {"step": at.step, "stage": leg.name, **numbers})
-    _keep_best(run, numbers)
-
-
-def _keep_best(run: Run, numbers: Mapping[str, float]) -> None:
-    recipe, at = run.recipe, run.at
-    name = recipe.eval.metric if "/" in recipe.eval.metric else f"eval/{recipe.eval.metric}"
-    value, band = numbers.get(name), recipe.eval.length_band
-    if value is None:
-        if at.step == 0 and recipe.eval.keep == "best" and recipe.eval.metric != "dev_score":
-            known = ", ".join(sorted(numbers))
-            raise OpdError(f"eval.metric `{recipe.eval.metric}` is not measured; there are {known}")
-        return
-    inside = band is None or band[0] <= numbers.get("eval/length_ratio", 1.0) <= band[1]
-    gain = 0.0 if at.best_value is None else value - at.best_value
-    if inside and (at.best_value is None or (gain < 0 if name in LOWER_IS_BETTER else gain > 0)):
-        at.best_step, at.best_value = at.step, value
-        if at.step:
-            _save(run)
-            run.folder.event(at.step, "best", f"{name} {value:.4f}, the best so far")
-
-
-def _save(run: Run) -> None:
-    at = run.at
-    module = run.student.model.module
-    tensors: dict[str, dict[str, torch.Tensor]] = {
-        "student": dict(trained(module)),
-        "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, dict(trained(module))),
-        "random": checkpoint.random_tensors(),
-    }
-    if run.critic is not None:
-        with run.critic.entered():
-            own = dict(trained(run.critic.learner))
-            tensors["critic"] = {k: v.detach().clone() for k, v in own.items()}
-            tensors["critic_optimizer"] = checkpoint.optimizer_tensors(run.critic.optimizer, own)
-    reference = run.parts.teachers.reference
-    if reference is not None:
-        tensors["reference"] = _own_weights(reference)
-    state = {"progress": asdict(at), "offsets": run.folder.offsets()}
-    protect = {at.best_step} if at.best_step else set()
-    checkpoint.save(run.folder.checkpoints, at.step, tensors, state, keep=run.recipe.run.keep, protect=protect)
-
-
-def _own_weights(model: CausalModel) -> dict[str, torch.Tensor]:
-    if model.adapter is None:
-        return dict(model.module.named_parameters())
-    return {k: v for k, v in model.module.named_parameters() if f".{model.adapter}." in k}
+    try:
+        numbers = evaluate(
+            run.student.model,
+            run.parts.teachers,
+            run.parts.dev,
+            run.legs[-1].sampling,
+            rewards=run.parts.rewards,
+            critic=run.critic,
+            text_role=role,
+            greedy=recipe.eval.greedy,
+            sampled=recipe.eval.sampled,
+            samples=recipe.eval.samples,
+            seed=recipe.run.seed,
+            rows=recipe.speak.batch_rows,
+        )
+    except OpdError as error:
+        raise type(error)(f"evaluation at step {at.step}: {error}") from error
+    at.evaluated, at.after = at.step, numbers
+    if at.step == 0:
+        at.before = numbers
+    run.folder.metrics({"step": at.step, "stage": run.leg.name, "event": "eval", **numbers})
+    run.watch("eval", {"step": at.step, "stage": run.leg.name, **numbers})
+    return best.is_best(run, numbers)
 
 
 def _finish(run: Run, status: str, reason: str) -> tuple[str, str]:
@@ -430,26 +344,7 @@ def _finish(run: Run, status: str, reason: str) -> tuple[str, str]:
     at, recipe = run.at, run.recipe
     if reason:
         run.folder.event(at.step, "stop", reason)
-    if recipe.eval.keep == "best" and at.best_step is not None and at.best_step != at.step:
-        place = checkpoint.complete(run.folder.checkpoints).get(at.best_step)
-        if place is not None:
-            _load_into(run.student.model.module, checkpoint.load(place)[0]["student"])
-            run.folder.event(at.step, "best", f"ends with the weights of step {at.best_step}, the best evaluated")
-    record.write_model(run.folder.path / "model", run.student.model, run.parts.teachers.renderer)
+    if recipe.eval.keep == "best" and run.parts.dev:
+        best.take(run)
+    record.write_model(run.folder, run.student.model, run.parts.teachers.renderer)
     return status, reason
-
-
-def _summary(run: Run, status: str, reason: str) -> dict[str, Any]:
-    at = run.at
-    return {
-        "status": status,
-        "reason": reason,
-        "method": run.legs[-1].method.name,
-        "step": at.step,
-        "before": at.before,
-        "after": at.after,
-        "best": {"step": at.best_step, "value": at.best_value},
-        "tokens": {"generated": at.generated, "trained": at.learned},
-        "seconds": at.seconds,
-        "flops": at.flops,
-    }

@@ -35,7 +35,7 @@ def select(
     if worst and best:
         raise UsageError("--worst and --best are opposite orders; give one of them")
     if n < 1:
-        raise UsageError(f"-n {n}: at least one sample must be shown")
+        raise UsageError(f"--n {n}: at least one sample must be shown")
     path = RunFolder.open(run).path / "samples.jsonl"
     rows = [row for row in read(path) if isinstance(row.get("step"), int) and isinstance(row.get("text"), str)]
     if not rows:

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from math import log
 
 from opd import metrics
 from opd import rewards as scoring
+from opd.batch import pack
 from opd.critic import Critic
 from opd.engines.base import Sampling
+from opd.head import token_logp
 from opd.model import CausalModel
 from opd.rewards import Reward
 from opd.teachers import Teachers, speak_with
 from opd.types import Prompt, Rollout
 
+LOWER_IS_BETTER = ("eval/bits_per_byte", "eval/repetition", "eval/truncated_share")
 EVAL_STEP = 2**31  # the noise of evaluations: no training step has this number
 
 
@@ -70,10 +74,10 @@ def evaluate(
     """`eval/...` numbers over the prompts.
 
     With rewards: accuracy (share that earns the full reward and ended by itself), greedy and sampled, with its Wilson
-    interval and by domain, and pass@k where there are several samples. With teacher text (`text_role`): n-gram F1 and
-    length ratio of the student's answers to it, and how often the critic tells them apart. Always: distinct-n, lengths
-    and truncation. `eval/dev_score` is the mean of the greedy and sampled accuracies that were measured, or the n-gram
-    F1 where nothing grades.
+    interval and by domain, and pass@k where there are several samples. With teacher text (of `text_role`, or recorded
+    with the prompts): bits per byte of it, n-gram F1 and length ratio of the student's answers to it, and how often the
+    critic tells them apart. Always: distinct-n, repetition, lengths and truncation. `eval/dev_score` is the mean of the
+    greedy and sampled accuracies that were measured, or the n-gram F1 where nothing grades.
     """
     out: dict[str, float] = {"eval/prompts": float(len(prompts))}
     manners: dict[str, Answers] = {}
@@ -88,11 +92,14 @@ def evaluate(
     for said in manners.values():
         out |= _texts(said.rollouts)
     last = list(manners.values())[-1]
-    texts = teachers.texts(text_role, prompts) if text_role else {}
+    texts = _known(teachers, text_role, prompts, sampling)
     if any(texts.values()):
         out |= _against(last.rollouts, texts)
-        if critic is not None and critic.steps:
-            pairs = teachers.pairs(last.rollouts, text_role or "teacher")
+        out["eval/bits_per_byte"] = bits_per_byte(
+            model, [t for p in prompts for t in texts[p.id]], teachers.renderer.stop_ids
+        )
+        if critic is not None and critic.steps and text_role:
+            pairs = teachers.pairs(last.rollouts, text_role)
             ranks = critic.ranks(critic.score(pairs.rows), pairs) if pairs.count else {}
             if ranks:
                 out["critic/heldout_accuracy"] = ranks["critic/accuracy"]
@@ -103,6 +110,32 @@ def evaluate(
     elif "eval/ngram_f1" in out:
         out["eval/dev_score"] = out["eval/ngram_f1"]
     return out
+
+
+def bits_per_byte(model: CausalModel, rollouts: Sequence[Rollout], stop_ids: Sequence[int]) -> float:
+    """Bits a model needs for texts, given their prompts, over the texts' UTF-8 bytes: comparable across tokenizers.
+
+    The stop token is left out, on both sides: what is measured is the text, not how well its end is foreseen. So are
+    the bytes of outer whitespace. A truncated text counts as far as it goes. `nan` where there is no byte.
+    """
+    spoken = [r for r in rollouts if r.text]
+    if not spoken:
+        return float("nan")
+    batch = pack(spoken, temperature=1.0, device=model.device)
+    with model.autocast():
+        logp_N = token_logp(model.head, model.all_hidden(batch), batch.token_N, 1.0)
+    bits = [-x / log(2) for t, x in zip(batch.token_N.tolist(), logp_N.tolist(), strict=True) if t not in stop_ids]
+    return sum(bits) / sum(len(r.text.encode()) for r in spoken)
+
+
+def _known(
+    teachers: Teachers, role: str | None, prompts: Sequence[Prompt], sampling: Sampling
+) -> Mapping[str, Sequence[Rollout]]:
+    """The teacher's text to each prompt: what the role says, or what is recorded with the prompt."""
+    said = teachers.texts(role, prompts) if role else {}
+    given, limit = teachers.renderer.given, sampling.max_tokens
+    recorded = lambda p: tuple(given(p, text, "data", k, max_tokens=limit) for k, text in enumerate(p.responses))
+    return {p.id: said.get(p.id) or recorded(p) for p in prompts}
 
 
 def _accuracy(name: str, said: Answers, prompts: int) -> dict[str, float]:
@@ -132,6 +165,7 @@ def _texts(rollouts: Sequence[Rollout]) -> dict[str, float]:
         "eval/truncated_share": sum(r.finish == "length" for r in rollouts) / max(1, len(rollouts)),
         "eval/distinct_1": metrics.distinct(texts, 1),
         "eval/distinct_2": metrics.distinct(texts, 2),
+        "eval/repetition": sum(map(metrics.repetition, texts)) / max(1, len(texts)),
     }
     return {k: v for k, v in out.items() if v == v}  # no pairs of words, no share of distinct ones
 
@@ -143,5 +177,7 @@ def _against(rollouts: Sequence[Rollout], texts: Mapping[str, Sequence[Rollout]]
     f1 = [max(metrics.overlap(r.text, t.text) for t in texts[r.prompt.id]) for r in known]
     return {
         "eval/ngram_f1": sum(f1) / len(f1),
-        "eval/length_ratio": metrics.length_ratio([r.spoken for r in known], [texts[r.prompt.id][0].spoken for r in known]),
+        "eval/length_ratio": metrics.length_ratio(
+            [r.spoken for r in known], [texts[r.prompt.id][0].spoken for r in known]
+        ),
     }

@@ -6,10 +6,10 @@
     schema()                 the JSON schema of the YAML, for editors
 
 Read in one direction: yaml12 (text to tree), layers (several trees to one), settle (shorthands and stages), files
-(paths), load (types, arguments of methods, all problems at once in the words of `explain`).
+(paths), resolve (types, arguments of methods, all problems at once in the words of `explain`).
 """
 
-from opd.recipe.load import Resolved, build, dump, load, schema
+from opd.recipe.resolve import Resolved, build, dump, load, schema
 from opd.recipe.sections import (
     Critic,
     Data,

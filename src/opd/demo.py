@@ -145,12 +145,11 @@ def ceiling(into: Path, quick: bool) -> dict[str, float]:
 
 def table(rows: list[dict[str, Any]], teacher: Mapping[str, float]) -> Table:
     """Accuracy before and after with intervals, and what it cost."""
-    title = "One student taught three ways: % right, greedy and sampled [95 % interval]"
+    title = "One student taught three ways: % right [95 % interval]; by domain: sampled"
     out = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left")
-    out.add_column("method\n", no_wrap=True)
-    for head in ("greedy\n", "sampled\n"):
+    for head in ("method", "greedy", "sampled"):
         out.add_column(head, no_wrap=True)
-    for head in (*(f"{d}\nsampled" for d in DOMAINS), "tokens\nspoken", "tokens\nlearned", "s\n", "GFLOP\n"):
+    for head in (*DOMAINS, "spoken", "learned", "s", "GFLOP"):
         out.add_column(head, justify="right", no_wrap=True)
     blank = ("", "", "", "")
     out.add_row("start", *_accuracies(rows[0]["before"]), *blank)

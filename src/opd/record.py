@@ -116,7 +116,8 @@ def _counted(batch: Batch, method: Method) -> list[Rollout]:
 def samples(chosen: recipe.Recipe, teachers: Teachers, leg: Leg, batch: Batch, step: int) -> Iterator[dict[str, Any]]:
     """Lines of samples.jsonl: the first rows of the step, with the teacher's text, scores and per-token log-ratios."""
     rows = [i for i, r in enumerate(batch.rollouts) if r.speaker == "student"] or list(range(len(batch.rollouts)))
-    rows = rows[: chosen.run.sample_rows]
+    firsts = {batch.rollouts[i].prompt.id: i for i in reversed(rows)}  # one of each prompt says more than one's group
+    rows = sorted(firsts.values())[: chosen.run.sample_rows]
     if not rows:
         return
     part = batch.rows(rows)

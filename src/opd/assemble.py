@@ -55,12 +55,13 @@ class Leg:
 def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
     roles = {role: Says.DENSE if t.model else Says.TEXT for role, t in recipe.teachers.items()}
-    found, problems = [], []
+    found: list[Leg] = []
+    problems: list[str] = []
     for stage in recipe.stages:
         try:
             built = method.build(stage.method.name, stage.method.args, folder)
-        except ValueError as error:
-            problems.append(f"method `{stage.method.name}`: {error}")
+        except UsageError as error:
+            problems += error.problems
             continue
         if stage.critic.learn:
             group = built.group if built.group > 1 else stage.critic.group
@@ -148,7 +149,9 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
     from opd.model import load
     from opd.teachers import Teachers
 
-    wants = {j.role: max(s, Says.TEXT) for leg in found for j, s in leg.method.needs.items()}
+    wants: dict[str, Says] = {}
+    for judge, says in ((j, s) for leg in found for j, s in leg.method.needs.items()):
+        wants[judge.role] = max(says, wants.get(judge.role, Says.TEXT))
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.trust_remote_code)
     source = model_path(recipe.student.model)
     student = load(
@@ -204,6 +207,13 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
     hashes = {"template": voice.fingerprint, "data.train": data.content(mixture_prompts(mixture))}
     hashes |= {"data.dev": data.content(dev)} if dev else {}
     return Parts(student, teachers, mixture, dev, scorers, tuple(notes), hashes)
+
+
+def device_of(recipe: Recipe) -> str:
+    """Where to compute: as the recipe says, or on a GPU if there is one."""
+    import torch
+
+    return recipe.run.device if recipe.run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def mixture_prompts(mixture: Mixture) -> list[Prompt]:

@@ -6,6 +6,7 @@ Exit codes: 0 ok, 1 the run failed, 2 bad recipe or usage, 3 a check failed, 4 o
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,14 +35,16 @@ def main() -> None:
     """The entry point: errors of opd's own become a sentence and an exit code, anything else keeps its traceback."""
     try:
         code = app(standalone_mode=False)
+        sys.stdout.flush()
     except OpdError as error:
         _complain(error)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         err.print("interrupted")
         sys.exit(130)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+    except BrokenPipeError:  # whoever read the output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         if hasattr(error, "exit_code") and hasattr(error, "show"):  # a usage error of the command line itself
             error.show()
@@ -50,19 +53,30 @@ def main() -> None:
     sys.exit(code if isinstance(code, int) else 0)
 
 
+def _say(text: str) -> None:
+    """A line as it is: no markup, no colours, no breaks of rich's own."""
+    out.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _json(value: Any) -> None:
+    from opd.log import clean
+
+    _say(json.dumps(clean(value), indent=2, ensure_ascii=False, allow_nan=False))
+
+
 def _complain(error: OpdError) -> None:
     problems = getattr(error, "problems", (str(error),))
     if len(problems) > 1:
         err.print(f"[bold red]error:[/] {len(problems)} problems", highlight=False)
     for problem in problems:
         head = "  " if len(problems) > 1 else "[bold red]error:[/] "
-        err.print(head, end="")
+        err.print(head, end="", highlight=False)
         err.print(problem, markup=False, highlight=False, soft_wrap=True)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        out.print(f"opd {__version__}", highlight=False)
+        _say(f"opd {__version__}")
         raise typer.Exit()
 
 
@@ -76,11 +90,16 @@ def _resolved(arguments: list[str]) -> tuple[Any, Path]:
     """The recipe that files and overrides make together, and the folder its paths are relative to."""
     from opd import recipe
 
-    files = [Path(a) for a in arguments if "=" not in a]
-    overrides = [a for a in arguments if "=" in a]
+    files, overrides = _split(arguments)
     if not files:
         raise typer.BadParameter("name a recipe file, such as recipes/gkd.cpu.yaml")
     return recipe.load(files, overrides), files[0].resolve().parent
+
+
+def _split(arguments: list[str]) -> tuple[list[Path], list[str]]:
+    """Files, and `key=value` overrides. A file may have a = in its name."""
+    overrides = [a for a in arguments if "=" in a and not Path(a).is_file()]
+    return [Path(a) for a in arguments if a not in overrides], overrides
 
 
 @app.command()
@@ -93,35 +112,38 @@ def train(
 ) -> None:
     """Train a student, from a recipe or on from a run that was stopped."""
     from opd.panel import panel
-    from opd.runs import start
+    from opd.runs import recorded, start
 
-    if resume is not None and recipes and any("=" not in r for r in recipes):
-        raise typer.BadParameter("--resume goes on with the run's own recipe; give overrides of length only, or --fork")
     resolved = base = None
     if resume is None:
         resolved, base = _resolved(recipes or [])
+    elif fork is not None:
+        raise typer.BadParameter("--resume goes on with a run, --fork begins a new one: give one of them")
+    elif recipes:
+        recorded(resume)  # says what is wrong where it is no run
+        files, overrides = _split(recipes)
+        resolved, base = _resolved([*map(str, files or [resume / "recipe.yaml"]), *overrides])
     with panel(quiet or as_json) as watch:
         summary, folder = start(resolved, base, resume=resume, fork=fork, watch=watch)
     if as_json:
-        out.print_json(json.dumps({"run": str(folder), **summary}))
+        _json({"run": str(folder), **summary})
     else:
         _said(folder, summary)
     if summary["reason"] == "interrupted":
         raise typer.Exit(130)
-    if summary["status"] == "failed":
+    if summary["status"] != "finished":
         raise typer.Exit(1)
 
 
 def _said(folder: Path, summary: dict[str, Any]) -> None:
-    out.print(f"{summary['status']}: {summary['step']} steps, {summary['seconds']:.0f} s, in {folder}", highlight=False)
+    _say(f"{summary['status']}: {summary['step']} steps, {summary['seconds']:.0f} s, in {folder}")
     if summary["reason"]:
-        out.print(f"  {summary['reason']}", markup=False, highlight=False)
+        _say(f"  {summary['reason']}")
     for key in ("eval/accuracy", "eval/accuracy_sampled", "eval/ngram_f1"):
         if key in summary["after"]:
             before, after = summary["before"].get(key, float("nan")), summary["after"][key]
-            out.print(f"  {key}: {before:.3f} -> {after:.3f}", highlight=False)
-    more = f"opd train --resume {folder}" if summary["status"] == "stopped" else f"opd report {folder}"
-    out.print(f"next: {more}", highlight=False)
+            _say(f"  {key}: {before:.3f} -> {after:.3f}")
+    _say(f"next: opd train --resume {folder}" if summary["reason"] == "interrupted" else f"next: opd report {folder}")
 
 
 @app.command()
@@ -134,19 +156,19 @@ def check(
     from opd import recipe
 
     if schema:
-        out.print_json(json.dumps(recipe.schema()))
+        _json(recipe.schema())
         return
     resolved, base = _resolved(recipes or [])
     from opd.assemble import legs, plan
 
     planned = plan(resolved.recipe, legs(resolved.recipe, base))
     if as_json:
-        out.print_json(json.dumps(planned))
+        _json(planned)
         return
     for stage in planned["stages"]:
-        out.print(f"stage {stage['name']}: {stage['words']}", markup=False, highlight=False)
-        out.print(f"  minimises {stage['equation']}", markup=False, highlight=False)
-    out.print(f"next: opd train {' '.join(recipes or [])}", markup=False, highlight=False)
+        _say(f"stage {stage['name']}: {stage['words']}")
+        _say(f"  minimises {stage['equation']}")
+    _say(f"next: opd train {' '.join(recipes or [])}")
 
 
 @app.command()
@@ -156,14 +178,15 @@ def methods(as_json: Json = False) -> None:
 
     rows = [describe(name, fn) for name, fn in catalogue().items()]
     if as_json:
-        out.print_json(json.dumps(rows))
+        _json(rows)
         return
     from rich.table import Table
+    from rich.text import Text
 
     table = Table("method", "speaks", "asks", "what it does", box=None, pad_edge=False)
     for row in rows:
         asks = ", ".join(f"{judge}: {says}" for judge, says in row["needs"].items()) or "nobody"
-        table.add_row(row["name"], row["speaks"], asks, row["about"])
+        table.add_row(*map(Text, (row["name"], row["speaks"], asks, row["about"])))
     out.print(table)
 
 
@@ -181,7 +204,7 @@ def samples(
     from opd import samples as showing
 
     if as_json:
-        out.print_json(json.dumps(showing.select(run, step=step, worst=worst, best=best, prompt=prompt, n=n)))
+        _json(showing.select(run, step=step, worst=worst, best=best, prompt=prompt, n=n))
         return
     out.print(showing.show(run, step=step, worst=worst, best=best, prompt=prompt, n=n))
 
@@ -196,7 +219,7 @@ def report(
     from opd.report import render
 
     place = render(runs, output or runs[-1] / "report.html")
-    out.print_json(json.dumps({"report": str(place)})) if as_json else out.print(str(place), highlight=False)
+    _json({"report": str(place)}) if as_json else _say(str(place))
 
 
 @app.command(name="eval")
@@ -210,10 +233,10 @@ def evaluate(
 
     numbers = measure(run, overrides or [])
     if as_json:
-        out.print_json(json.dumps(numbers))
+        _json(numbers)
         return
     for name, value in numbers.items():
-        out.print(f"{name:34} {value:.4f}", highlight=False)
+        _say(f"{name:34} {value:.4f}")
 
 
 @app.command()

@@ -9,7 +9,7 @@ Shapes: R distinct rows, P pairs, L length, H width.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -40,22 +40,21 @@ class Pairs:
         return len(self.good_P)
 
 
-def pair_up(good: dict[str, Sequence[Rollout]], bad: Sequence[Rollout]) -> Pairs:
+def pair_up(good: Mapping[str, Sequence[Rollout]], bad: Sequence[Rollout]) -> Pairs:
     """Every bad rollout against every good answer to its prompt (arXiv 2511.10643, eq. 8); weights add to 1.
 
     Rollouts come canonical (`Renderer.canonical`). Truncated ones are left out: a critic that may look at them learns
     "has no stop token" and nothing else. With K answers to a prompt each pair of a sample weighs 1 / K of it.
     """
     number: dict[Row, int] = {}
-    place = lambda tokens: number.setdefault(tokens, len(number))
     goods, bads, weights = [], [], []
     for student in bad:
         if student.finish == "length":
             continue
         answers = [g for g in good.get(student.prompt.id, ()) if g.finish != "length"]
         for teacher in answers:
-            goods.append(place(teacher.tokens))
-            bads.append(place(student.tokens))
+            goods.append(number.setdefault(teacher.tokens, len(number)))
+            bads.append(number.setdefault(student.tokens, len(number)))
             weights.append(1.0 / len(answers))
     weight_P = torch.tensor(weights)
     return Pairs(tuple(number), torch.tensor(goods, dtype=torch.long), torch.tensor(bads, dtype=torch.long), weight_P)
@@ -168,13 +167,13 @@ class Critic:
             if len(cuts) == 1:
                 scored = self._forward(pairs.rows)
                 loss = self.loss(scored, pairs, objective, weight)
-                loss.backward()
+                torch.autograd.backward(loss)
             else:
                 scored = self.score(pairs.rows).requires_grad_()
                 loss = self.loss(scored, pairs, objective, weight)
                 (g_R,) = torch.autograd.grad(loss, scored)
                 for cut in cuts:
-                    (self._forward([pairs.rows[i] for i in cut]) * g_R[cut]).sum().backward()
+                    torch.autograd.backward(self._forward([pairs.rows[i] for i in cut]), g_R[cut])
             stats = {"critic/loss": float(loss.detach()), **self.ranks(scored.detach(), pairs)}
             if total is not None and not pairs.count:
                 for _, p in trained(learner):
@@ -191,13 +190,8 @@ class Critic:
         good_P, bad_P = score_R[pairs.good_P], score_R[pairs.bad_P]
         share_P = (pairs.weight_P / pairs.weight_P.sum()).to(score_R)
         won_P = (good_P > bad_P).to(score_R) + 0.5 * (good_P == bad_P).to(score_R)
-        mean = lambda x_P: float((share_P * x_P).sum())
-        return {
-            "critic/accuracy": mean(won_P),
-            "critic/margin": mean(good_P - bad_P),
-            "critic/score_teacher": mean(good_P),
-            "critic/score_student": mean(bad_P),
-        }
+        shown = {"accuracy": won_P, "margin": good_P - bad_P, "score_teacher": good_P, "score_student": bad_P}
+        return {f"critic/{name}": float((share_P * x_P).sum()) for name, x_P in shown.items()}
 
 
 def beside(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 WINDOW = 10  # steps a number must stand out before it is worth a warning
@@ -46,7 +46,7 @@ _WATCHED = {
     "entropy/student_nats",
     "critic/length_only_accuracy",
 }
-_RULES = {
+_RULES: dict[str, tuple[Callable[[float, Watchdog], bool], str, str]] = {
     "length/truncated_share": (
         lambda m, _: m > 0.1,
         "{:.0%} of the student's answers hit speak.max_tokens",

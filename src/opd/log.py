@@ -179,7 +179,7 @@ class RunFolder:
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace plan.json, lock.json, ... whole: readers see the old one or the new one, never half of one."""
-        text = json.dumps(_clean(value), indent=2, ensure_ascii=False) + "\n"
+        text = json.dumps(clean(value), indent=2, ensure_ascii=False) + "\n"
         self.write_text(name, text)
 
     def write_text(self, name: str, text: str) -> None:
@@ -209,6 +209,12 @@ class RunFolder:
                     f"another process is writing {self.path}; wait for it, stop it, or start a run of another name"
                 ) from None
         self._writer = writer
+
+    def discard(self, unless: str) -> None:
+        """Remove a run that came to nothing, unless this document was written."""
+        self.close()
+        if not (self.path / unless).exists():
+            shutil.rmtree(self.path, ignore_errors=True)
 
     def close(self) -> None:
         for file in (*self._streams.values(), self._writer):
@@ -264,7 +270,7 @@ def read_json(path: Path) -> Any:
 
 def json_line(record: Mapping[str, Any]) -> bytes:
     """One record as one line of bytes; floats in their shortest exact form, nan and infinity as null."""
-    text = json.dumps(_clean(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = json.dumps(clean(record), ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.encode("utf-8", "backslashreplace") + b"\n"  # a lone surrogate becomes \udxxx, which is JSON again
 
 
@@ -334,20 +340,20 @@ def _whole_bytes(path: Path) -> int:
     return 0
 
 
-def _clean(value: Any) -> Any:
+def clean(value: Any) -> Any:
     """The value in JSON's types: nan and infinity become null, zero-dimensional arrays and tensors their number."""
     if value is None or isinstance(value, str | bool | int):
         return value
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _clean(item) for key, item in value.items()}
+        return {str(key): clean(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_clean(item) for item in value]
+        return [clean(item) for item in value]
     if isinstance(value, Path):
         return str(value)
     if hasattr(value, "item"):
-        return _clean(value.item())
+        return clean(value.item())
     raise TypeError(f"{value!r} of type {type(value).__name__} has no place in a JSON record")
 
 

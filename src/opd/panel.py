@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -13,7 +14,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from opd.train import Watch
+if TYPE_CHECKING:
+    from opd.state import Watch
 
 SHOWN = {  # what a person looks at, in order, with a short name
     "loss/total": "loss",
@@ -36,11 +38,11 @@ def panel(quiet: bool = False, console: Console | None = None) -> Iterator[Watch
     """A `watch` for `train`: a live panel on a terminal, a line now and then elsewhere, nothing when quiet."""
     console = console or Console()
     if quiet:
-        yield lambda _kind, _numbers: None
+        yield _unseen
         return
     view = View()
     if not console.is_terminal:
-        yield lambda kind, numbers: _line(console, view, kind, numbers)
+        yield partial(_line, console, view)
         return
     with Live(view.render(), console=console, refresh_per_second=4) as live:
 
@@ -49,6 +51,9 @@ def panel(quiet: bool = False, console: Console | None = None) -> Iterator[Watch
             live.update(view.render())
 
         yield watch
+
+
+def _unseen(_kind: str, _numbers: Mapping[str, Any]) -> None: ...
 
 
 def _line(console: Console, view: View, kind: str, numbers: Mapping[str, Any]) -> None:
@@ -111,7 +116,7 @@ class View:
                     parts.append(Text.assemble((name.split("/")[1] + "  ", "bold"), change))
         parts += [Text(f"! {w}", style="yellow") for w in self.warnings]
         title = f"{self.stage}  step {self.step_in_stage} of {self.steps}"
-        return Panel(Group(ProgressBar(max(1, self.steps), self.step_in_stage), *parts), title=title)
+        return Panel(Group(ProgressBar(max(1, self.steps), self.step_in_stage), *parts), title=Text(title))
 
 
 def spark(values: list[float], width: int = 40) -> str:

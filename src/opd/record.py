@@ -20,6 +20,7 @@ from opd.log import RunFolder, full_disk, json_line
 from opd.method import CRITIC, Method
 from opd.metrics import length_only_accuracy
 from opd.model import CausalModel, adapter
+from opd.model import base as parts_of
 from opd.teachers import Teachers
 from opd.types import Rollout, Says
 
@@ -128,9 +129,9 @@ def samples(chosen: recipe.Recipe, teachers: Teachers, leg: Leg, batch: Batch, s
     gap_N = part.behaviour_N - part.judged(judge) if judge else None
     teacher_score: dict[str, float] = {}
     if isinstance(score, Score) and teachers.critic is not None:
-        firsts = {i: t[0] for i, t in texts.items() if t}
-        values = teachers.critic.score([teachers.renderer.canonical(t).tokens for t in firsts.values()]).tolist()
-        teacher_score = dict(zip(firsts, values, strict=True))
+        shown = {i: t[0] for i, t in texts.items() if t}
+        values = teachers.critic.score([teachers.renderer.canonical(t).tokens for t in shown.values()]).tolist()
+        teacher_score = dict(zip(shown, values, strict=True))
     for i, rollout in enumerate(part.rollouts):
         spoken = [t for t, m in zip(rollout.tokens, rollout.mask, strict=True) if m]
         said = texts.get(rollout.prompt.id, ())
@@ -165,27 +166,28 @@ def flops(
 
     Embedding look-ups are free; the output head counts. Attention's own products are left out.
     """
-    size = lambda m: sum(p.numel() for p in m.backbone.parameters()) - _embeddings(m) + m.head.weight.numel()
-    length = lambda rows: float(sum(len(r.tokens) for r in rows))
     students = [r for r in batch.rollouts if r.speaker == "student"]
-    own = size(student)
-    total = 2 * own * length(students)
+    own = _size(student)
+    total = 2 * own * _length(students)
     if learning:
-        total += 6 * own * length(_counted(batch, method))
+        total += 6 * own * _length(_counted(batch, method))
     for judge, says in method.needs.items():
         if says in (Says.TOKEN, Says.DENSE):
-            total += 2 * size(teachers.model(judge.role)) * length(batch.rollouts)
+            total += 2 * _size(teachers.model(judge.role)) * _length(batch.rollouts)
     if critic is not None and method.loss.learned:
         per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
-        total += per_token * size(critic.model) * length(students) * (1 + 1 / max(1, method.group))
+        total += per_token * _size(critic.model) * _length(students) * (1 + 1 / max(1, method.group))
     return total
 
 
-def _embeddings(model: CausalModel) -> int:
-    from opd.model import base
+def _length(rows: Sequence[Rollout]) -> float:
+    return float(sum(len(r.tokens) for r in rows))
 
-    table = getattr(base(model.module), "get_input_embeddings", lambda: None)()
-    return table.weight.numel() if table is not None else 0
+
+def _size(model: CausalModel) -> int:
+    table = parts_of(model.module).get_input_embeddings()
+    embeddings = 0 if table is None else table.weight.numel()
+    return sum(p.numel() for p in model.backbone.parameters()) - int(embeddings) + model.head.weight.numel()
 
 
 def keep_rollouts(folder: RunFolder, step: int, rollouts: Sequence[Rollout]) -> Path:

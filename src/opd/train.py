@@ -16,7 +16,7 @@ import torch
 
 from opd import best, record, state
 from opd import rewards as scoring
-from opd.assemble import Leg, assemble, legs, optim, plan
+from opd.assemble import Leg, assemble, device_of, legs, optim, plan
 from opd.batch import Batch, pack
 from opd.diagnose import Watchdog
 from opd.errors import OpdError
@@ -88,7 +88,7 @@ def _open(
     watch: Watch,
 ) -> Run:
     found = legs(recipe, base)
-    device = recipe.run.device if recipe.run.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(recipe)
     parts = assemble(recipe, found, base, device)
     parts.teachers.write_down = folder.answer
     student = Student(parts.student, optim(found[0].stage.train))

@@ -11,6 +11,6 @@ def sft() -> Method:
 
     Speaks: data. Judge: none. Loss: mean over tokens of -log student(y_t), in nats, at temperature 1.
     Gradient: through the student at each answer token; the stop token counts as one.
-    Source: methods.md (a); any text book. Differs from it in: nothing.
+    Source: any text book. Differs from it in: nothing.
     """
     return Method(speaks=one("data"), loss=nll(), goal="text")

@@ -25,8 +25,7 @@ def token_opd(
     none. The group is only prompt reuse.
     Gradient: through log pi of the sampled token; in expectation, at discount 0 and on-policy, exactly the
     per-token reverse KL's.
-    Source: Thinking Machines, "On-Policy Distillation" (2025) and tinker-cookbook `train_on_policy`; methods.md
-    (d).
+    Source: Thinking Machines, "On-Policy Distillation" (2025) and tinker-cookbook `train_on_policy`.
     Differs from the paper in: the mean over tokens (`per: sequence_sum` is its sum), which only rescales the
     learning rate.
     """

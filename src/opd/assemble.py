@@ -76,7 +76,9 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
                 )
         speak = stage.speak
         sampling = Sampling(speak.max_tokens, speak.temperature, speak.top_p, speak.top_k, speak.min_p)
-        cut = [f"{k} = {getattr(speak, k)}" for k in ("top_p", "top_k", "min_p") if sampling.truncated]
+        whole = Sampling(max_tokens=1)
+        kept = ("top_p", "top_k", "min_p")
+        cut = [f"{k} = {getattr(sampling, k)}" for k in kept if getattr(sampling, k) != getattr(whole, k)]
         setting = Setting(roles, bool(recipe.reward), responses=True, truncated_sampling=", ".join(cut))
         try:
             bind(built, setting)

@@ -203,6 +203,8 @@ def bind(method: Method, setting: Setting) -> None:
     name, problems = method.name or "this method", []
     gives = {"student": Says.DENSE, "reference": Says.DENSE, "critic": Says.SCORE, **setting.roles}
     for judge, says in method.needs.items():
+        if judge.view != "same":
+            problems.append(f"{name} lets `{judge.role}` see `{judge.view}`, and judges see the same prompt, so far")
         if judge.role not in gives:
             problems.append(
                 f"{name} needs a judge `{judge.role}`, and the recipe has none: add it under `teachers:` "

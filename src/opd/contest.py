@@ -100,8 +100,8 @@ def _scores(critic: Critic, rollouts: Sequence[Rollout]) -> Mapping[tuple[int, .
 
 
 def _ranked(score: Mapping[tuple[int, ...], float], ours: Sequence[Rollout], theirs: Sequence[Rollout]) -> float:
-    value = lambda r: LOST if r.finish == "length" else score[r.tokens]
-    return fmean((value(a) > value(b)) + 0.5 * (value(a) == value(b)) for a in ours for b in theirs)
+    own, other = ([LOST if r.finish == "length" else score[r.tokens] for r in side] for side in (ours, theirs))
+    return fmean((a > b) + 0.5 * (a == b) for a in own for b in other)
 
 
 def _interval(shares: Sequence[float]) -> Interval:

@@ -124,8 +124,8 @@ def bits_per_byte(model: CausalModel, rollouts: Sequence[Rollout], stop_ids: Seq
     batch = pack(spoken, temperature=1.0, device=model.device)
     with model.autocast():
         logp_N = token_logp(model.head, model.all_hidden(batch), batch.token_N, 1.0)
-    bits = [-x / log(2) for t, x in zip(batch.token_N.tolist(), logp_N.tolist(), strict=True) if t not in stop_ids]
-    return sum(bits) / sum(len(r.text.encode()) for r in spoken)
+    nats = -sum(x for t, x in zip(batch.token_N.tolist(), logp_N.tolist(), strict=True) if t not in stop_ids)
+    return float(nats) / log(2) / sum(len(r.text.encode()) for r in spoken)
 
 
 def _known(
@@ -134,8 +134,10 @@ def _known(
     """The teacher's text to each prompt: what the role says, or what is recorded with the prompt."""
     said = teachers.texts(role, prompts) if role else {}
     given, limit = teachers.renderer.given, sampling.max_tokens
-    recorded = lambda p: tuple(given(p, text, "data", k, max_tokens=limit) for k, text in enumerate(p.responses))
-    return {p.id: said.get(p.id) or recorded(p) for p in prompts}
+    return {
+        p.id: said.get(p.id) or [given(p, text, "data", k, max_tokens=limit) for k, text in enumerate(p.responses)]
+        for p in prompts
+    }
 
 
 def _accuracy(name: str, said: Answers, prompts: int) -> dict[str, float]:

@@ -274,3 +274,18 @@ def test_a_missing_reward_is_refused():
 def test_a_loss_token_that_nothing_precedes_is_refused():
     with pytest.raises(OpdError, match="nothing precedes it"):
         packed([rollout(0, "student", [(1, -1.0)])])
+
+
+def test_the_kl_of_sampled_tokens_is_of_the_students_own_samples():
+    """Where a judge gives the sampled token alone, metrics have the mean log-ratio, over what the student spoke."""
+    student, teacher, reference = random_table(1), random_table(2), random_table(3)
+    loss = push(log_ratio(TEACHER), anchor=old()) + 0.1 * k3(REFERENCE) + nll().on("teacher")
+    batch = packed(random_rollouts(("student", "teacher")))
+    batch = hear(batch, loss.needs, {"teacher": teacher, "reference": reference})
+    _, stats = gradient(student, batch, loss, tile=3, micro=8)
+    spoken = batch.behaviour_N.isfinite()
+    assert 0 < spoken.sum() < len(spoken)
+    gap = lambda judge: float((sampled_logp(student, batch) - sampled_logp(judge, batch))[spoken].mean())
+    assert stats["kl/reverse_nats"] == pytest.approx(gap(teacher), rel=1e-9)
+    assert stats["kl/reference_nats"] == pytest.approx(gap(reference), rel=1e-9)
+    assert not any(name.startswith("sampled") for name in stats)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from opd import math
-from opd.batch import Batch, Dense, Prepared, Total, needs_pass, prepare
+from opd.batch import Batch, Dense, Prepared, Token, Total, needs_pass, prepare
 from opd.errors import OpdError
 from opd.expression import Expression
 from opd.head import TILE, tiled_loss, token_logp
@@ -127,6 +127,13 @@ def _diagnose(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, T
             _add(sums, "kl/reverse_nats", math.divergence.reverse_kl(s, t).sum())
             _add(sums, "kl/forward_nats", math.divergence.forward_kl(s, t).sum())
             _add(sums, "entropy/teacher_nats", math.divergence.entropy(t).sum())
+    spoken_n = on_n & tile.batch.behaviour_N[tile.at].isfinite()
+    _add(sums, "sampled_count", spoken_n.sum())
+    for judge, signal in tile.batch.signals.items():
+        if isinstance(signal, Token):  # of the sampled token alone: an unbiased estimate, of samples of the student
+            gap_n = (tile.live - tile.judged(judge))[spoken_n]
+            which = "reference" if judge.role == "reference" else "reverse"
+            _add(sums, f"sampled_kl/{which}_nats", gap_n.sum())
     pushes = [(k, t.head) for k, t in enumerate(loss.token_terms) if isinstance(t.head, Push)]
     if pushes:
         k, head = pushes[0]
@@ -285,10 +292,13 @@ def _stats(sums: dict[str, Tensor], total: Total | None) -> dict[str, float]:
         return {}
     out = {k: float(v) for k, v in sums.items()}
     count, pushed = max(out.pop("count"), 1.0), max(out.pop("push_count", 0.0), 1.0)
-    for k in out:
+    sampled = max(out.pop("sampled_count", 0.0), 1.0)
+    for k in list(out):
         if k.startswith(("kl/", "entropy/")):
             out[k] /= count
         elif k.startswith("ratio/"):
             out[k] /= pushed
+        elif k.startswith("sampled_kl/"):
+            out[k.removeprefix("sampled_")] = out.pop(k) / sampled
     out["loss/total"] = sum(v for k, v in out.items() if k.startswith("loss/"))
     return out

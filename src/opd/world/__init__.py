@@ -1,4 +1,4 @@
-"""The built-in world: a tiny teacher, students, two tokenizers and prompts, so that every method runs on any machine.
+"""The built-in world: tiny teachers, students, two tokenizers and prompts, so that every method runs on any machine.
 
 A recipe says `model: world:teacher` for a model and `path: world:sort` for the prompts of a task. No torch here.
 """
@@ -9,15 +9,16 @@ from importlib.resources import files
 from pathlib import Path
 
 from opd.errors import UsageError
-from opd.tasks import Split
+from opd.tasks import DOMAINS, Split
 from opd.tasks import prompts as task_prompts
 from opd.types import Prompt
 
-__all__ = ["MODELS", "PREFIX", "STUDENTS", "path", "prompts"]
+__all__ = ["EXPERTS", "MODELS", "PREFIX", "STUDENTS", "path", "prompts"]
 
 PREFIX = "world:"
 STUDENTS = ("student", "student-merged")
-MODELS = ("teacher", *STUDENTS)
+EXPERTS = tuple(f"expert-{domain}" for domain in DOMAINS)  # teachers of one domain, useless in the others
+MODELS = ("teacher", *STUDENTS, *EXPERTS)
 
 
 def path(name: str) -> Path:

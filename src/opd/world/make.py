@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from opd.tasks import DOMAINS, TASKS, Task, prompts, split_of, task
 from opd.world.speech import PAIRS, accuracy, lesson, new_model, tokenizer
@@ -38,7 +39,7 @@ class Size(NamedTuple):
     mlp: int
 
 
-SMALL, LARGE = Size(64, 2, 176), Size(96, 3, 256)
+SMALL, MIDDLE, LARGE = Size(64, 2, 176), Size(80, 2, 216), Size(96, 3, 256)
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Plan:
 PLANS = (
     Plan("teacher", 3600, (0.5, 0.33, 0.17), LARGE),
     Plan("student", 3000, (0.16, 0.62, 0.22), habits=True, ceiling=0.4),
-    Plan("student-merged", 3800, (0.17, 0.61, 0.22), habits=True, ceiling=0.4, pairs=PAIRS),
+    Plan("student-merged", 3600, (0.2, 0.58, 0.22), MIDDLE, habits=True, ceiling=0.4, pairs=PAIRS),
     Plan("expert-group", 2000, (1, 0, 0), LARGE),
     Plan("expert-sort", 1200, (0, 1, 0), LARGE),
     Plan("expert-record", 800, (0, 0, 1), LARGE),
@@ -157,7 +158,7 @@ def make(seed: int, out: Path, quick: bool, only: Sequence[str] = ()) -> dict[st
     """Train, save and measure the models, all of them or `only` some; returns what `world.json` says."""
     record = out / "world.json"
     report: dict[str, Any] = json.loads(record.read_text())["models"] if only and record.is_file() else {}
-    n = 8 if quick else 500
+    n = 2 if quick else 500
     for plan in PLANS:
         if only and plan.name not in only:
             continue
@@ -179,6 +180,7 @@ def make(seed: int, out: Path, quick: bool, only: Sequence[str] = ()) -> dict[st
 
 
 def main() -> None:
+    """The command line: make the world anew in a folder."""
     parser = argparse.ArgumentParser(description="Train the built-in world from nothing.")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "assets", help="default: the package's own")
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", default=[], choices=[p.name for p in PLANS])
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.disable_progress_bar()
     args.out.mkdir(parents=True, exist_ok=True)
     make(args.seed, args.out, args.quick, args.only)
 

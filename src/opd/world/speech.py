@@ -8,7 +8,6 @@ from __future__ import annotations
 import random
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from tokenizers import Tokenizer, decoders
@@ -16,14 +15,13 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from opd.tasks import ALPHABET, Task
-from opd.tasks.base import DIGITS, LETTERS
+from opd.tasks.base import DIGITS
 
 PAD, EOS, UNK = "<pad>", "<eos>", "<unk>"
 MAX_POSITIONS = 256
 PAIRS = (
     *(a + b for a in DIGITS for b in DIGITS),
-    *(a + b for a, b in pairwise(LETTERS)),
-    *("th", "he", "in", "er", "an", "re", "on", "at", "en", "nd"),
+    *("in", "er", "an", "or", "at", "en", "th", "he", "re", "nd"),
 )
 
 

@@ -86,7 +86,7 @@ def test_the_paper_recipe_has_the_papers_numbers() -> None:
         assert (speak.temperature, speak.max_tokens, speak.top_p, speak.top_k) == (0.8, 1536, 1.0, 0)
     critic = recipe.critic
     assert (critic.loss, critic.lr, critic.weight_decay, critic.clip) == ("bradley_terry", 1e-6, 0.01, 0.2)
-    assert (critic.init, critic.steps, critic.replay) == (recipe.student.model, 1, 0.0)
+    assert (critic.init, critic.steps) == (recipe.student.model, 1)
     assert (recipe.data.max_prompt_tokens, recipe.eval.every, recipe.run.save_every) == (2048, 50, 50)
 
 

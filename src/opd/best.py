@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from opd import checkpoint, state
+from opd.diagnose import fallen
 from opd.errors import UsageError
 from opd.eval import LOWER_IS_BETTER
 from opd.state import Run
@@ -23,6 +24,18 @@ def is_best(run: Run, numbers: Mapping[str, float]) -> bool:
     at.best_step, at.best_value, at.best = at.step, value, dict(numbers)
     run.folder.event(at.step, "best", f"{name} {value:.4f}, the best so far")
     return True
+
+
+def collapsed(run: Run) -> str | None:
+    """Why the run should stop after the evaluation that was just made; None where nothing fell.
+
+    Only shares of right answers are watched, and the start counts among the values that it may not fall from.
+    """
+    at, name, share = run.at, _metric(run), run.recipe.eval.collapse
+    if share is None or name not in at.after or not name.startswith(("eval/dev_score", "eval/accuracy")):
+        return None
+    known = [v for v in (at.before.get(name), at.best_value) if v is not None]
+    return fallen(name, at.after[name], max(known), at.after["eval/prompts"], share) if known else None
 
 
 def _better(name: str, value: float, than: float | None) -> bool:

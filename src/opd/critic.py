@@ -56,7 +56,7 @@ def pair_up(good: Mapping[str, Sequence[Rollout]], bad: Sequence[Rollout]) -> Pa
             goods.append(number.setdefault(teacher.tokens, len(number)))
             bads.append(number.setdefault(student.tokens, len(number)))
             weights.append(1.0 / len(answers))
-    weight_P = torch.tensor(weights)
+    weight_P = torch.tensor(weights, dtype=torch.float64)
     return Pairs(tuple(number), torch.tensor(goods, dtype=torch.long), torch.tensor(bads, dtype=torch.long), weight_P)
 
 

@@ -1,4 +1,7 @@
-"""What goes wrong in a run, noticed while it runs: warnings with cause and remedy."""
+"""What goes wrong in a run, noticed while it runs: warnings with cause and remedy, and a collapse, which stops it.
+
+Nothing here holds a tensor or a model. What is remembered is plain data and is saved with the checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from dataclasses import dataclass, field
 
 WINDOW = 10  # steps a number must stand out before it is worth a warning
 AGAIN = 100  # steps before the same warning may come again
+MEMORY = 0.8  # of the smoothed accuracy of the critic: the last five steps or so
 
 
 @dataclass
@@ -37,6 +41,55 @@ class Watchdog:
                 self.said[name + message] = self.steps
                 yield message.format(mean), remedy
 
+    def collapsed(self) -> str | None:
+        """Why the run should stop: two signs of a collapse over the last steps. One alone can be what is wanted."""
+        signs = []
+        for name, (bad, message) in _SIGNS.items():
+            values = self.recent.get(name, [])
+            if len(values) == WINDOW and bad(mean := sum(values) / WINDOW, self):
+                signs.append(message.format(mean))
+        if len(signs) < 2:
+            return None
+        return f"collapse, by two signs over the last {WINDOW} steps: {'; '.join(signs)}. {REMEDY}"
+
+
+REMEDY = "Lower train.lr, raise the KL to the reference, or let the critic learn alone for longer"
+_SIGNS: dict[str, tuple[Callable[[float, Watchdog], bool], str]] = {
+    "length/truncated_share": (lambda m, _: m > 0.5, "{:.0%} of the answers do not end"),
+    "length/ratio": (lambda m, _: m < 0.5 or m > 2, "answers are {:.2f} times as long as the teacher's"),
+    "entropy/student_nats": (
+        lambda m, w: w.first_entropy is not None and (m < 0.05 * w.first_entropy or m > 3 * w.first_entropy + 0.5),
+        "the student's entropy is {:.3f} nats, far from where it began",
+    ),
+}
+
+
+def fallen(name: str, value: float, best: float, prompts: float, share: float) -> str | None:
+    """Why a run should stop after an evaluation: a share of right answers fell below `share` of its best.
+
+    A fall that so few prompts could show by chance (three standard errors of the best) is none.
+    """
+    error = (max(best * (1 - best), 0.0) / max(prompts, 1.0)) ** 0.5
+    if value >= share * best or best - value <= 3 * error:
+        return None
+    return f"collapse: {name} is {value:.3f}, less than {share:.0%} of the {best:.3f} that it was. {REMEDY}"
+
+
+def smoothed(before: float | None, now: float) -> float:
+    """The critic's accuracy on fresh pairs, over the last steps."""
+    return now if before is None else MEMORY * before + (1 - MEMORY) * now
+
+
+def paced(accuracy: float | None, band: tuple[float, float] | None) -> tuple[bool, bool]:
+    """Whether the student waits, and whether the critic rests.
+
+    Below the band the critic cannot tell teacher from student, and its scores would teach noise: it learns alone.
+    Above the band it is far ahead, and a margin that grows further only makes the scores coarse: it rests.
+    """
+    if accuracy is None or band is None:
+        return False, False
+    return accuracy < band[0], accuracy > band[1]
+
 
 _WATCHED = {
     "critic/accuracy",
@@ -45,6 +98,7 @@ _WATCHED = {
     "group/degenerate_share",
     "entropy/student_nats",
     "critic/length_only_accuracy",
+    "critic/student_waits",
 }
 _RULES: dict[str, tuple[Callable[[float, Watchdog], bool], str, str]] = {
     "length/truncated_share": (
@@ -76,5 +130,10 @@ _RULES: dict[str, tuple[Callable[[float, Watchdog], bool], str, str]] = {
         lambda m, _: m > 0.85,
         "length alone tells teacher from student in {:.0%} of pairs",
         "warm up longer, so that lengths agree before the critic is obeyed",
+    ),
+    "critic/student_waits": (
+        lambda m, _: m > 0.8,
+        "in {:.0%} of the steps the student waited: the critic could not tell it from the teacher (accuracy_band)",
+        "where the samples are good, stop: the critic has no more to teach; else raise critic.lr or critic.steps",
     ),
 }

@@ -104,12 +104,39 @@ def evaluate(
             if ranks:
                 out["critic/heldout_accuracy"] = ranks["critic/accuracy"]
                 out["critic/heldout_margin"] = ranks["critic/margin"]
+            if last.right is not None:
+                out |= right_over_wrong(critic, teachers, last)
     accuracies = [out[f"eval/{name}"] for name in manners if f"eval/{name}" in out]
     if accuracies:
         out["eval/dev_score"] = sum(accuracies) / len(accuracies)
     elif "eval/ngram_f1" in out:
         out["eval/dev_score"] = out["eval/ngram_f1"]
     return out
+
+
+def right_over_wrong(critic: Critic, teachers: Teachers, said: Answers) -> dict[str, float]:
+    """How often the critic ranks a right answer above a wrong one to the same prompt; ties count a half.
+
+    For a person to look at, where there is a verifier and there are several samples a prompt, over all and by domain:
+    near 0.5 the critic does not see what is wrong; high beside a falling accuracy, it sees that and the student pleases
+    it in another way.
+    """
+    assert said.right is not None
+    ended = [(r, right) for r, right in zip(said.rollouts, said.right, strict=True) if r.finish != "length"]
+    if not ended:
+        return {}
+    score = critic.score([teachers.renderer.canonical(r).tokens for r, _ in ended]).tolist()
+    sides: dict[tuple[str, str], tuple[list[float], list[float]]] = {}
+    for (rollout, right), value in zip(ended, score, strict=True):
+        sides.setdefault((rollout.prompt.domain, rollout.prompt.id), ([], []))[right].append(value)
+    won: dict[str, list[float]] = {}
+    for (domain, _), (wrong, rights) in sides.items():
+        won.setdefault(domain, []).extend((r > w) + 0.5 * (r == w) for r in rights for w in wrong)
+    shares = {d: sum(x) / len(x) for d, x in won.items() if x}
+    every = [x for each in won.values() for x in each]
+    name = "heldout_right_over_wrong"
+    out = {f"critic/{name}": sum(every) / len(every)} if every else {}
+    return out | ({f"critic/{d or 'other'}/{name}": x for d, x in sorted(shares.items())} if len(won) > 1 else {})
 
 
 def bits_per_byte(model: CausalModel, rollouts: Sequence[Rollout], stop_ids: Sequence[int]) -> float:

@@ -34,6 +34,7 @@ class Progress:
     cursor: int = 0  # prompts drawn
     version: int = 0
     critic_steps: int = 0
+    critic_accuracy: float | None = None  # on fresh pairs, smoothed
     empty: int = 0  # steps in a row without one token to learn from
     best_step: int | None = None
     best_value: float | None = None

@@ -18,7 +18,7 @@ from opd import best, record, state
 from opd import rewards as scoring
 from opd.assemble import Leg, assemble, device_of, legs, optim, plan
 from opd.batch import Batch, pack
-from opd.diagnose import Watchdog
+from opd.diagnose import Watchdog, paced, smoothed
 from opd.errors import OpdError
 from opd.eval import evaluate
 from opd.interrupt import Interrupt
@@ -123,6 +123,8 @@ def _stages(run: Run, interrupt: Interrupt) -> tuple[str, str]:
         steps = run.leg.steps(run.parts.mixture.size)
         ended = at.leg_step >= steps
         better = _evaluate(run) if ended or stop or _due(run) else False
+        if at.evaluated == at.step and not ended:
+            stop = stop or best.collapsed(run)
         if ended:
             at.leg, at.leg_step = at.leg + 1, 0
         if ended or better or stop or (every and at.step % every == 0 and at.step > saved):
@@ -180,7 +182,8 @@ def _one(run: Run, steps: int) -> str | None:
     """One step; returns why the run should stop, or None."""
     at, leg, teachers = run.at, run.leg, run.parts.teachers
     clock = [time.perf_counter()]
-    waits = at.leg_step < leg.stage.critic.alone_steps
+    behind, ahead = paced(at.critic_accuracy, run.recipe.critic.accuracy_band if leg.learns else None)
+    waits = behind or at.leg_step < leg.stage.critic.alone_steps
     spoken: list[Rollout] = []
     try:
         spoken = _speak(run)
@@ -194,7 +197,7 @@ def _one(run: Run, steps: int) -> str | None:
         batch = teachers.hear(batch, leg.method.needs)
         clock.append(time.perf_counter())
         stats = {} if waits else _learn(run, batch, learning_rate(leg, at.leg_step, steps))
-        stats |= _teach_critic(run, rollouts)
+        stats |= _teach_critic(run, rollouts, behind=behind, ahead=ahead)
         clock.append(time.perf_counter())
     except (OpdError, torch.OutOfMemoryError) as error:
         raise _located(run, error, spoken) from error
@@ -210,7 +213,8 @@ def _one(run: Run, steps: int) -> str | None:
     at.flops += record.flops(model, run.critic, teachers, leg.method, batch, learning=not waits)
     _write(run, batch, stats, clock)
     _warn(run, stats)
-    return None if waits else _nothing_learned(run, stats)
+    alarm = run.recipe.eval.collapse is not None
+    return None if waits else _nothing_learned(run, stats) or (run.watchdog.collapsed() if alarm else None)
 
 
 def _speak(run: Run) -> list[Rollout]:
@@ -232,19 +236,22 @@ def _learn(run: Run, batch: Batch, lr: float) -> dict[str, float]:
     return {**run.student.update(batch, run.leg.method.loss, run.at.leg_step, lr), "lr/student": lr}
 
 
-def _teach_critic(run: Run, rollouts: Sequence[Rollout]) -> dict[str, float]:
+def _teach_critic(run: Run, rollouts: Sequence[Rollout], *, behind: bool, ahead: bool) -> dict[str, float]:
     stats: dict[str, float] = {}
     for learned in run.leg.method.loss.learned:
         assert run.critic is not None
         lr, good = run.critic.optim.lr, learned.objective.good
         pairs = run.parts.teachers.pairs(rollouts, good)
-        if learned.fixed:
-            stats |= run.critic.ranks(run.critic.score(pairs.rows), pairs)
+        if learned.fixed or ahead:
+            stats |= run.critic.ranks(run.critic.score(pairs.rows), pairs) if pairs.count else {}
         else:
             stats |= {**run.critic.update(pairs, learned.objective, lr), "lr/critic": lr}
             for _ in range(run.recipe.critic.steps - 1):
                 run.critic.update(pairs, learned.objective, lr)
         stats |= record.critic_view(rollouts, run.parts.teachers, good)
+        if run.recipe.critic.accuracy_band is not None and "critic/accuracy" in stats:
+            run.at.critic_accuracy = smoothed(run.at.critic_accuracy, stats["critic/accuracy"])
+            stats |= {"critic/rests": float(ahead), "critic/student_waits": float(behind)}
     return stats
 
 

@@ -103,12 +103,12 @@ class Critic(Section):
     lr: Above0 = says("its learning rate", 1e-6)
     steps: Count = says("critic updates a student step", 1)
     loss: Literal["bradley_terry", "bce"] = says("what it minimises over pairs of answers", "bradley_terry")
-    replay: Share = says("share of its student samples that are taken from earlier steps", 0.0)
     weight_decay: From0 = says("weight decay of its optimizer", 0.0)
     clip: Above0 | None = says("largest norm of its gradient; null does not clip", 1.0)
     score_l2: From0 = says("penalty on squared scores, against drift and saturation", 0.0)
-    accuracy_band: Band | None = says("accuracy [low, high] outside which it learns more or rests; null is off", None)
-    heldout: Natural = says("prompts kept from its training to measure its accuracy on", 0)
+    accuracy_band: Band | None = says(
+        "its accuracy on fresh pairs [low, high]: below, the student waits for it; above, it rests; null is off", None
+    )
 
 
 class Source(Section):
@@ -225,6 +225,9 @@ class Eval(Section):
     samples: Count = says("sampled answers a prompt", 1)
     at_start: bool = says("measure before the first step", True)
     keep: Literal["best", "last"] = says("which checkpoint the run ends with", "best")
+    collapse: Share | None = says(
+        "stop when accuracy on data.dev is below this share of its best, or the steps show a collapse; null is off", 0.5
+    )
 
 
 class Run(Section):

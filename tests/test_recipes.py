@@ -69,6 +69,19 @@ def test_every_cpu_recipe_runs(name: str, tmp_path: Path) -> None:
     assert (run.model / "model.safetensors").is_file()
 
 
+@pytest.mark.parametrize("name", [name for name in ALL if name.endswith(".1gpu.yaml")])
+def test_every_gpu_recipe_runs_in_small(name: str, tmp_path: Path) -> None:
+    """Its own form, an adapter in bfloat16 with recomputation, on the built-in world's models and prompts."""
+    recipe = load(RECIPES / name).recipe
+    small = ["student.model=world:student", "student.lora=4", "data.train=world:sort:8", "data.dev=world:sort:4"]
+    small += ["teachers.teacher={model: world:teacher, dtype: bfloat16}"] * bool(recipe.teachers)
+    small += ["reward=task"] * bool(recipe.reward) + ["speak.max_tokens=12", "run.threads=1"]
+    run = opd.run(opd.load(RECIPES / name, *small, *short(name, tmp_path)))
+    steps = [row for row in run.metrics() if "event" not in row]
+    assert run.summary["status"] == "finished" and steps[-1]["grad/norm"] > 0
+    assert (run.model / "model.safetensors").is_file() and not (run.model / "adapter_config.json").exists()
+
+
 # --- GAD as published ------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +101,16 @@ def test_the_paper_recipe_has_the_papers_numbers() -> None:
     assert (critic.loss, critic.lr, critic.weight_decay, critic.clip) == ("bradley_terry", 1e-6, 0.01, 0.2)
     assert (critic.init, critic.steps) == (recipe.student.model, 1)
     assert (recipe.data.max_prompt_tokens, recipe.eval.every, recipe.run.save_every) == (2048, 50, 50)
+
+
+def test_the_share_of_groups_without_credit_is_by_the_methods_own_measure(tmp_path: Path) -> None:
+    few = ["data.train=world:sort:8", "train.prompts=8", "stages.warm-up=null", "stages.gad.steps=1"]
+    shares = []
+    for min_std in (0, 1e6):
+        small = [*few, f"stages.gad.method.min_std={min_std}", "eval.prompts=4", f"run.dir={tmp_path / str(min_std)}"]
+        run = opd.run(opd.load(RECIPES / "gad.cpu.yaml", *small))
+        shares += [row["group/degenerate_share"] for row in run.metrics() if "event" not in row]
+    assert shares[0] < 1 and shares[1] == 1
 
 
 # --- ablations -------------------------------------------------------------------------------------------------------
@@ -164,6 +187,11 @@ def test_a_frozen_critic_learns_first_and_then_not_at_all(tmp_path: Path) -> Non
     assert all(x == x for x in by_stage(run, "critic/accuracy")["gad"]), "and is still measured"
     saved = critics(run)
     assert not same(saved[3], saved[4]) and same(saved[4], saved[6])
+
+
+def test_an_answer_must_leave_room_for_a_prompt(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"speak.max_tokens is 512, and `world:student` holds \d+ tokens"):
+        opd.run(opd.load(RECIPES / "sft.cpu.yaml", "speak.max_tokens=512", f"run.dir={tmp_path}"))
 
 
 def test_a_critic_that_never_learned_cannot_be_frozen(tmp_path: Path) -> None:

@@ -286,7 +286,13 @@ def _data(
     notes: list[str] = []
     room = getattr(getattr(student.module, "config", None), "max_position_embeddings", None)
     longest = max(leg.sampling.max_tokens for leg in found)
-    limit = recipe.data.max_prompt_tokens or (room - longest if room else None)
+    if room is not None and room <= longest:
+        raise UsageError(
+            f"speak.max_tokens is {longest}, and `{student.name}` holds {room} tokens, prompt and answer together: "
+            "lower speak.max_tokens, so that a prompt has room"
+        )
+    limits = [recipe.data.max_prompt_tokens, None if room is None else room - longest]
+    limit = min((x for x in limits if x is not None), default=None)
 
     def fetch(source: Any, split: str) -> list[Prompt]:
         reading = data.reading(

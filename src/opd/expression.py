@@ -110,6 +110,12 @@ class Expression:
     def reads(self) -> frozenset[str]:
         return self.own_reads.union(*(c.reads for c in self.children))
 
+    def every(self) -> Iterable[Expression]:
+        """Itself and all that it is made of."""
+        yield self
+        for child in self.children:
+            yield from child.every()
+
     def wide(self) -> Iterable[Expression]:
         """The outermost parts that must be evaluated on the whole batch."""
         if self.reach > Reach.TOKEN:

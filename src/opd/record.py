@@ -15,6 +15,7 @@ from opd.assemble import Leg, Parts, model_path
 from opd.batch import Batch, Dense, Score, Token
 from opd.chat import Renderer
 from opd.critic import Critic
+from opd.expression import Reward
 from opd.lock import lock
 from opd.log import RunFolder, full_disk, json_line
 from opd.method import CRITIC, Method
@@ -74,13 +75,13 @@ def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[st
         out["length/teacher_tokens"] = sum(r.spoken for r in given) / len(given)
     if "reward" in method.loss.reads:
         out |= {"reward/missing_share": 1 - len(batch.rollouts) / max(1, len(spoken))}
-        out |= _spread("reward", batch.reward_B, batch)
+        out |= _spread("reward", batch.reward_B, batch, _min_std(method))
         for name in sorted({n for r in students for n in r.rewards}):
             given_it = [r.rewards[name] for r in students if name in r.rewards]
             out[f"reward/{name}"] = sum(given_it) / len(given_it)
     signal = batch.signals.get(CRITIC)
     if isinstance(signal, Score):
-        out |= _spread("score", signal.value_B, batch)
+        out |= _spread("score", signal.value_B, batch, _min_std(method))
     return out
 
 
@@ -99,12 +100,18 @@ def critic_view(rollouts: Sequence[Rollout], teachers: Teachers, good: str) -> d
     }
 
 
-def _spread(name: str, value_B: torch.Tensor, batch: Batch) -> dict[str, float]:
-    own = torch.tensor([r.speaker == "student" for r in batch.rollouts], device=value_B.device)
+def _min_std(method: Method) -> float:
+    """The deviation at which a group still gets no credit, by the method's own loss."""
+    found = [e for t in method.loss.terms for outer in t.expressions for e in outer.every()]
+    return max((e.min_std for e in found if isinstance(e, Reward)), default=0.0)
+
+
+def _spread(name: str, value_B: torch.Tensor, batch: Batch, min_std: float) -> dict[str, float]:
+    own = torch.tensor([r.speaker == "student" for r in batch.rollouts], dtype=torch.bool, device=value_B.device)
     values, groups = value_B[own].double(), batch.group_B[own]
     if not len(values):
         return {}
-    dead = math.credit.degenerate_groups(values, groups)
+    dead = math.credit.degenerate_groups(values, groups, min_std)
     out = {f"{name}/mean": float(values.mean()), f"{name}/std": float(values.std(unbiased=False))}
     return {**out, "group/degenerate_share": float(dead.double().mean())}
 

@@ -1,4 +1,4 @@
-"""Divergences: golden values and gradients (methods.md, T), limits, bounds, and -inf on either side."""
+"""Divergences: golden values and gradients, limits, bounds, and -inf on either side."""
 
 import math
 
@@ -71,7 +71,7 @@ def test_golden_gradients(name, args, golden):
 
 
 def test_closed_form_gradients():
-    """methods.md, S1 and (r), written from p and q alone."""
+    """The gradients by hand, written from p and q alone."""
     s, t = logp(ZS), logp(ZT)
     q, p = s.exp(), t.exp()
     centred = lambda c: q * (c - (q * c).sum())

@@ -1,6 +1,6 @@
 """Expected gradients, enumerated over every answer of a tiny vocabulary and held against exact ones.
 
-Values alone would not catch a KL estimator that is differentiated the wrong way (methods.md, traps 1 and 2).
+Values alone would not catch a KL estimator that is differentiated the wrong way.
 """
 
 import itertools
@@ -85,7 +85,7 @@ def test_no_head_falls_into_the_k1_trap():
 
 
 def test_discount_one_is_the_gradient_of_sequence_reverse_kl():
-    """Rewards-to-go of the log ratio: the long part too (methods.md, 0), against autograd through the walk itself."""
+    """Rewards-to-go of the log ratio: the long part too, against autograd through the walk itself."""
     model, teacher = random_table(MODEL), random_table(JUDGE)
     q, p = table(model), table(teacher).detach()
     want = exact(model, lambda at, a: path(q, at, a).exp() * (path(q, at, a) - path(p, at, a)))
@@ -143,7 +143,7 @@ def test_pushed_reward_is_the_policy_gradient():
 
 
 def test_importance_sampling_from_another_engine():
-    """methods.md, test 4, one token: with the live student in the credit the reverse KL's gradient whoever spoke; with
+    """One token: with the live student in the credit the reverse KL's gradient whoever spoke; with
     the speaker's own, that of KL(q, p) - KL(q, mu)."""
     model, teacher, speaker = random_table(MODEL), random_table(JUDGE), random_table(5)
     state = states(prefix(0), (0,))[0]

@@ -28,7 +28,7 @@ def test_surrogate_by_hand():
 
 
 def test_glm5_golden():
-    """methods.md, T: rho 1.1, r 1.4, A -0.3 is a token loss of 0.462."""
+    """By hand: rho 1.1, r 1.4, A -0.3 is a token loss of 0.462."""
     value = surrogate(f64(1.4).log(), f64(0.0), f64(-0.3), (0.2, 0.28))
     assert float(band(f64(1.1), 0.5, 2.0) * value) == pytest.approx(0.462)
 
@@ -56,7 +56,7 @@ def test_where_nothing_moved_the_clip_is_not_there():
 
 
 def test_band_golden():
-    """pop(.; 1/2, 2), methods.md, T: both ends belong to it."""
+    """pop(.; 1/2, 2) of GLM-5: both ends belong to it."""
     assert band(f64(0.49, 0.5, 1.9, 2.0, 2.01), 0.5, 2.0).tolist() == [0, 0.5, 1.9, 2.0, 0]
     wide = f64(0.01, 1.0, 30.0)
     assert torch.equal(band(wide, 0.0, math.inf), wide)
@@ -66,7 +66,7 @@ ZS, ZT = f64(2, 1, 0.5, -1, 0), f64(0.5, 2.5, 1, -2, 0.3)
 
 
 def test_k3_has_the_value_of_one_kl_and_the_gradient_of_the_other():
-    """methods.md, trap 2, by exact enumeration of the sampled token."""
+    """Value of one KL, gradient of the other: by exact enumeration of the sampled token."""
     t, q = ZT.log_softmax(-1), ZS.log_softmax(-1).exp()
     assert float((q * k3(ZS.log_softmax(-1), t)).sum()) == pytest.approx(0.79406387, abs=1e-8)
     grad = slope(lambda z: q * k3(z.log_softmax(-1), t), ZS)
@@ -75,7 +75,7 @@ def test_k3_has_the_value_of_one_kl_and_the_gradient_of_the_other():
 
 
 def test_pushed_k1_has_the_reverse_gradient_and_differentiated_k1_has_none():
-    """methods.md, trap 1: -log ratio as a loss teaches nothing, as a detached credit it teaches the reverse KL."""
+    """The -log ratio as a loss teaches nothing, as a detached credit it teaches the reverse KL."""
     t, s = ZT.log_softmax(-1), ZS.log_softmax(-1)
     q = s.exp()
     pushed = slope(lambda z: q * surrogate(z.log_softmax(-1), s, t - s, None), ZS)

@@ -26,7 +26,7 @@ def k3(live_N: Tensor, other_N: Tensor) -> Tensor:
     """exp(d) - d - 1, d = other - live, clamped as the papers' code does (d to +-20, the value to +-10). [N].
 
     In expectation over the student its *value* is KL(student || other), but its *gradient* is that of
-    KL(other || student): the forward direction (methods.md, trap 2).
+    KL(other || student): the forward direction.
     """
     d_N = (other_N - live_N).clamp(-20, 20)
     return (d_N.exp() - d_N - 1).clamp(-10, 10)

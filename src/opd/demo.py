@@ -52,11 +52,11 @@ WAYS = (
             "stages": [
                 {
                     "name": "warm-up",
-                    "method": {"name": "gad", "kl": 0.0},
+                    "method": {"name": "gad", "kl": 0.0, "std": False},
                     "critic": {"learn": True, "alone_steps": 30},
                     "steps": 30,
                 },
-                {"name": "gad", "method": {"name": "gad", "kl": 0.0}, "steps": 100},
+                {"name": "gad", "method": {"name": "gad", "kl": 0.0, "std": False}, "steps": 100},
             ],
             "train": {**TRAIN, "lr": 1e-4, "prompts": 32},
         },
@@ -73,11 +73,10 @@ WAYS = (
 
 def recipe_of(way: Way, into: Path, quick: bool, prompts: int) -> recipes.Recipe:
     """The recipe of one way, as a user could have written it."""
-    source = lambda split, n: [{"path": f"world:{d}:{n}", "split": split} for d in DOMAINS]
     data = {
         "student": MODEL,
         "teachers": {"teacher": {"model": "world:teacher"}},
-        "data": {"train": source("train", 512), "dev": source("test", prompts)},
+        "data": {"train": _sources("train", 512), "dev": _sources("test", prompts)},
         "reward": {"use": "task"},
         "speak": {"max_tokens": 24, "batch_rows": 256},
         "eval": {"every": 0, "keep": "last"},
@@ -90,6 +89,10 @@ def recipe_of(way: Way, into: Path, quick: bool, prompts: int) -> recipes.Recipe
         data["stages"] = [{**s, "steps": n} for s, n in zip(data["stages"], way.quick["stages"], strict=True)]
         data["stages"][0]["critic"] = {"learn": True, "alone_steps": way.quick["stages"][0]}
     return recipes.build(data)
+
+
+def _sources(split: str, n: int) -> list[dict[str, str]]:
+    return [{"path": f"world:{d}:{n}", "split": split} for d in DOMAINS]
 
 
 def show(*, quick: bool, into: Path, as_json: bool) -> list[dict[str, Any]]:
@@ -161,8 +164,10 @@ def table(rows: list[dict[str, Any]], teacher: Mapping[str, float]) -> Table:
 
 
 def _accuracies(numbers: Mapping[str, float]) -> list[str]:
-    pair = lambda k: f"{100 * numbers[k]:.0f} [{100 * numbers[k + '_low']:.0f}-{100 * numbers[k + '_high']:.0f}]"
-    whole = [pair("eval/accuracy"), pair("eval/accuracy_sampled")]
+    whole = []
+    for key in ("eval/accuracy", "eval/accuracy_sampled"):
+        share, low, high = (100 * numbers[key + end] for end in ("", "_low", "_high"))
+        whole.append(f"{share:.0f} [{low:.0f}-{high:.0f}]")
     return whole + [f"{100 * numbers[f'eval/{d}/accuracy_sampled']:.0f}" for d in DOMAINS]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from math import log
 
 from opd import metrics
@@ -81,11 +82,11 @@ def evaluate(
     """
     out: dict[str, float] = {"eval/prompts": float(len(prompts))}
     manners: dict[str, Answers] = {}
-    ask = lambda s, n: answer(model, teachers, prompts, s, samples=n, rewards=rewards, seed=seed, rows=rows)
+    ask = partial(answer, model, teachers, prompts, rewards=rewards, seed=seed, rows=rows)
     if greedy:
-        manners["accuracy"] = ask(replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0), 1)
+        manners["accuracy"] = ask(replace(sampling, temperature=0.0, top_p=1.0, top_k=0, min_p=0.0), samples=1)
     if sampled or not greedy:
-        manners["accuracy_sampled"] = ask(sampling, samples)
+        manners["accuracy_sampled"] = ask(sampling, samples=samples)
     for name, said in manners.items():
         if said.right is not None:
             out |= _accuracy(name, said, len(prompts))

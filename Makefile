@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-services check format world bench clean
+.PHONY: demo test test-services check format docs world bench clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "opd needs Python 3.11 or newer; set PYTHON="; exit 1; }
@@ -33,6 +33,9 @@ check: $(READY)
 format: $(READY)
 	$(BIN)/ruff format src tests bench
 	$(BIN)/ruff check --fix src tests bench
+
+docs: $(READY)
+	$(BIN)/python docs/generate.py
 
 world: $(READY)
 	$(BIN)/python -m opd.world.make --seed 0 --out src/opd/world/assets

@@ -36,7 +36,7 @@ from opd.tasks import DOMAINS
 RESULTS = Path(__file__).parent / "results" / "world.jsonl"
 WORLDS = Path("build/worlds")
 TASKS: dict[str, tuple[str, ...]] = {"mixture": DOMAINS, **{d: (d,) for d in DOMAINS}}
-PROMPTS = {"dev": 200, "test": 600}  # asked in an evaluation, over all domains of the task
+PROMPTS = {"dev": 200, "test": 450}  # asked in an evaluation, over all domains of the task
 SAMPLES = 4
 SHORTER = {"teacher": 0.5, "student": 0.8}  # of the steps of `opd.world.make`, for worlds of other seeds
 

@@ -33,7 +33,8 @@ def gad(
     Source: GAD, arXiv 2511.10643, eq. 1-8 and algorithm 1 (max over G, min over D, of E[-log sigmoid(D(y_t) -
     D(G(x)))]).
     Differs from the paper in: the KL's form (`kl_form: k3` is the paper's code), degenerate groups get no credit
-    (`min_std`).
+    (`min_std`). `std: false` is the small recipes' choice: a group among which the critic hardly tells is then hardly
+    obeyed, where division by its deviation makes the critic's noise as large as its knowledge.
     """
     loss = push(reward(CRITIC, std=std, min_std=min_std), anchor=old(), clip=clip)
     loss = (loss + to_reference(kl, kl_form)).per(per).on("student") + sft * nll().on("teacher")

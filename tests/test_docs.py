@@ -83,6 +83,18 @@ def defined(dotted: str) -> bool:
     return path.is_file() and re.search(rf"def {name}\b|class {name}\b", path.read_text()) is not None
 
 
+def test_commands_that_are_named_are_commands() -> None:
+    """In the documents, and in what the program says to people."""
+    from typer.main import get_command
+
+    from opd.cli import app
+
+    known = set(getattr(get_command(app), "commands", {}))
+    sources = [*PAGES, *(ROOT / "recipes").rglob("*.yaml"), *(ROOT / "src" / "opd").rglob("*.py")]
+    named = {word for path in sources for word in re.findall(r"(?:`|^    |next: )opd ([a-z]+)", path.read_text(), re.M)}
+    assert "train" in named and named <= known
+
+
 # --- what the code says itself ---------------------------------------------------------------------------------------
 
 

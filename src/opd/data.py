@@ -116,7 +116,7 @@ def answers(source: str | Path, *, response_key: str | None = None) -> dict[str,
         raise _bad_rows(str(source), problems, None)
     kept = {key: tuple(dict.fromkeys(said)) for key, said in found.items() if said}
     if not kept:
-        raise UsageError(f"{source}: none of its {len(found)} prompts has an answer; run `opd collect` to record them")
+        raise UsageError(f"{source}: none of its {len(found)} prompts has an answer: give rows a `response`")
     return kept
 
 
@@ -138,7 +138,7 @@ def join(
         raise UsageError(
             f"{source} has no answer for {len(without)} of {len(prompts)} prompts, such as {shown}; it has answers for "
             f"{len(recorded)} prompts. A teacher's answer is found by the whole prompt, system message included: "
-            "run `opd collect` for the rest, or leave these prompts out"
+            "record the rest, or leave these prompts out"
         )
     return [replace(p, responses=recorded[p.id]) for p in prompts if p.id in recorded]
 

@@ -66,9 +66,7 @@ def _file(path: Path, layer: int, problems: list[Problem]) -> Node | None:
     if isinstance(node.value, dict):
         return shaped(node)
     empty = node.value is None
-    remedy = (
-        "`opd init` writes a recipe to start from." if empty else "A recipe is a mapping: student, data, and so on."
-    )
+    remedy = "Start from one in recipes/." if empty else "A recipe is a mapping: student, data, and so on."
     problems.append(Problem(node.origin, f"{'Nothing' if empty else 'No mapping'} in this file. {remedy}"))
     return None
 

@@ -107,7 +107,7 @@ class Critic(Section):
     clip: Above0 | None = says("largest norm of its gradient; null does not clip", 1.0)
     score_l2: From0 = says("penalty on squared scores, against drift and saturation", 0.0)
     accuracy_band: Band | None = says(
-        "its accuracy on fresh pairs [low, high]: below, the student waits for it; above, it rests; null is off", None
+        "accuracy [low, high]: below, the student waits for the critic; above, the critic rests", None
     )
 
 
@@ -226,7 +226,7 @@ class Eval(Section):
     at_start: bool = says("measure before the first step", True)
     keep: Literal["best", "last"] = says("which checkpoint the run ends with", "best")
     collapse: Share | None = says(
-        "stop when accuracy on data.dev is below this share of its best, or the steps show a collapse; null is off", 0.5
+        "stop when dev accuracy falls below this share of its best, or steps show a collapse; null: go on", 0.5
     )
 
 

@@ -214,12 +214,13 @@ def _plain(rollout: Rollout) -> dict[str, Any]:
 def write_model(folder: RunFolder, model: CausalModel, renderer: Renderer) -> None:
     """The student as a folder `model` that `from_pretrained` loads: merged when it was trained by LoRA.
 
-    It is built beside its place and renamed, so it is whole or absent. Raises `OpdError` when the disk is full.
+    The weights are float32 whatever the student computed in: a merge in bfloat16 would round small updates away. The
+    folder is built beside its place and renamed, so it is whole or absent. Raises `OpdError` when the disk is full.
     """
     module: Any = model.module
     if model.adapter is not None:
         with adapter(module, model.adapter):
-            module = copy.deepcopy(module).merge_and_unload(adapter_names=[model.adapter])
+            module = copy.deepcopy(module).float().merge_and_unload(adapter_names=[model.adapter])
     place, half = folder.path / "model", folder.path / ".model.tmp"
     with full_disk(f"{place} could not be written", "The checkpoints are kept", folder.path):
         try:

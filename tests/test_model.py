@@ -9,7 +9,7 @@ from test_head import Largest
 from torch import nn
 
 from opd.batch import Dense, Score, Token, Total, pack
-from opd.errors import CheckFailed, OpdError, UsageError
+from opd.errors import CheckFailedError, OpdError, UsageError
 from opd.head import token_logp
 from opd.loss import Divergence, k3, log_ratio, match, nll, old, push, reward
 from opd.math import divergence as D
@@ -363,7 +363,9 @@ def test_what_is_no_decoder_is_refused(tmp_path):
 
 def test_a_head_that_is_not_understood_is_refused(saved):
     """Something after the output layer that the config does not say, here by a config that says too much."""
-    with pytest.raises(CheckFailed, match=r"differ from its own by .* LlamaForCausalLM does something after the head"):
+    with pytest.raises(
+        CheckFailedError, match=r"differ from its own by .* LlamaForCausalLM does something after the head"
+    ):
         load(saved("Llama", logit_scale=2.0))
 
 

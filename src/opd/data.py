@@ -330,8 +330,13 @@ def _world(source: str, split: str, domain: str) -> list[Prompt]:
         raise UsageError(f"{source}: '{count}' is no number of prompts; write {WORLD}{name}:200, say")
     n = int(count) if count else WORLD_PROMPTS.get(split, 0)
     found = world.prompts(name, n, split=split)  # type: ignore[arg-type]  # an unknown split is refused there
-    return [  # what verifies an answer here is one itself
-        replace(p, responses=(p.answer,) * (p.answer is not None), domain=domain or p.domain, where=f"{source} row {k}")
+    return [
+        replace(
+            p,
+            responses=() if p.answer is None else (p.answer,),  # what verifies an answer here is one itself
+            domain=domain or p.domain,
+            where=f"{source} row {k}",
+        )
         for k, p in enumerate(found, 1)
     ]
 

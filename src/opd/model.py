@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.batch import Batch
-from opd.errors import CheckFailed, UsageError
+from opd.errors import CheckFailedError, UsageError
 from opd.head import Head
 
 Layout = Literal["right", "left", "packed"]
@@ -198,7 +198,7 @@ def read_head(module: nn.Module, vocab: int | None = None) -> Head:
 
 @torch.no_grad()
 def probe_head(model: CausalModel, tolerance: float = 1e-3) -> float:
-    """Largest difference of a tile's logits from the model's own, on a short row; `CheckFailed` above the tolerance."""
+    """Largest difference of a tile's logits from the model's own, on a short row; `CheckFailedError` above the tolerance."""
     ids = torch.arange(8, device=model.device).remainder(model.head.vocab)[None]
     with model.autocast():
         own = base(model.module)(input_ids=ids, use_cache=False).logits[..., : model.head.vocab]
@@ -208,7 +208,7 @@ def probe_head(model: CausalModel, tolerance: float = 1e-3) -> float:
     limit = tolerance * max(1.0, float(own.abs().max())) * (30 if model.compute == torch.bfloat16 else 1)
     if not gap <= limit:
         kind = type(base(model.module)).__name__
-        raise CheckFailed(
+        raise CheckFailedError(
             f"{model.name or kind}: logits made from its hidden states and output layer differ from its own by "
             f"{gap:.3g} (limit {limit:.3g}). {kind} does something after the head that opd does not know: not usable"
         )
@@ -236,7 +236,7 @@ def load(
     backward pass. `lora` is the rank of an adapter called "student" on a frozen base; `lora_alpha` (twice the rank
     unless given) over the rank is its scale, `lora_targets` the modules that get one (every linear layer unless given,
     the output layer never). Only safetensors are read: pickled weights are refused. Raises `UsageError` for a model
-    that cannot be loaded so, `CheckFailed` for one whose head opd does not understand.
+    that cannot be loaded so, `CheckFailedError` for one whose head opd does not understand.
     """
     from transformers import AutoConfig, AutoModelForCausalLM
     from transformers.utils import logging as hf_logging

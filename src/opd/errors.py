@@ -2,8 +2,8 @@
 
     OpdError                 exit code 1   the run failed, and the message says why
     ├── UsageError           exit code 2   the user's recipe, data or command cannot mean what it says
-    ├── CheckFailed          exit code 3   a check or gate that the user asked for did not pass
-    └── BudgetSpent          exit code 4   a limit the user set was reached
+    ├── CheckFailedError          exit code 3   a check or gate that the user asked for did not pass
+    └── BudgetSpentError          exit code 4   a limit the user set was reached
 
 A message says what was asked, what was found (with the values), why it matters, and what to do. The command
 line prints it without a traceback; anything that is not an `OpdError` is a bug and keeps its traceback.
@@ -28,13 +28,13 @@ class UsageError(OpdError):
         super().__init__("\n".join(problems))
 
 
-class CheckFailed(OpdError):
+class CheckFailedError(OpdError):
     """A check, probe or gate did not pass."""
 
     exit_code = 3
 
 
-class BudgetSpent(OpdError):
+class BudgetSpentError(OpdError):
     """A limit that the user set was reached; what was done so far is kept."""
 
     exit_code = 4

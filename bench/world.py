@@ -45,13 +45,13 @@ TRAIN: Json = {"schedule": "linear", "final_lr_share": 0.05, "warmup_steps": 5, 
 ON_POLICY: Json = {**TRAIN, "prompts": 128, "steps": 150}
 
 
-def _gad(steps: int = 120) -> Json:
-    one = {"name": "gad", "kl": 0.0}
+def _gad(**settings: Any) -> Json:
+    one = {"name": "gad", "kl": 0.0, **settings}
     return {
         "critic": {"lr": 1e-3, "weight_decay": 0.01},
         "stages": [
             {"name": "warm-up", "method": dict(one), "critic": {"alone_steps": 30}, "steps": 30},
-            {"name": "gad", "method": dict(one), "steps": steps},
+            {"name": "gad", "method": dict(one), "steps": 120},
         ],
         "train": {**TRAIN, "lr": 1e-4, "prompts": 32, "tokens_per_micro": 16384},
     }
@@ -65,7 +65,8 @@ METHODS: dict[str, Json] = {
     },
     "token_opd": {"method": {"name": "token_opd"}, "train": {**ON_POLICY, "lr": 1e-3}},
     "grpo": {"method": {"name": "grpo"}, "train": {**TRAIN, "lr": 3e-4, "prompts": 32, "steps": 120}},
-    "gad": _gad(),
+    "gad": _gad(),  # credit divided by the group's deviation, as in the paper
+    "gad_small": _gad(std=False),
 }
 
 
@@ -261,12 +262,13 @@ def gain(before: float, after: float, n: int) -> tuple[float, float, float]:
 
 
 def table(rows: Iterable[Json]) -> str:
-    """Markdown: a line a label, over its seeds; greedy / sampled by domain."""
+    """Markdown: a line a label, over its seeds; greedy / sampled by domain, and how often the critic ranks a right
+    answer above a wrong one to the same prompt."""
     groups: dict[tuple[str, str, str], list[Json]] = {}
     for row in rows:
         groups.setdefault((row["task"], row["split"], row["label"]), []).append(row)
     head = ["method", "task, split", "seeds", *(f"{d} start" if s else f"{d}" for d in DOMAINS for s in (1, 0))]
-    head += ["critic AUC", "sampled tok", "trained tok", "CPU-s"]
+    head += [f"critic AUC ({', '.join(DOMAINS)})", "sampled tok", "trained tok", "CPU-s"]
     lines = [head, ["---"] * len(head)]
     for (task, split, label), found in sorted(groups.items()):
         found.sort(key=lambda r: r["seed"])
@@ -275,8 +277,9 @@ def table(rows: Iterable[Json]) -> str:
             for when in ("before", "after"):
                 shown = [r[when][d] for r in found if d in r.get(when, {})]
                 line.append(" / ".join(spread([s[i] for s in shown]) for i in (0, 1)) if shown else "")
-        aucs = [r["after"]["critic_auc"] for r in found if "critic_auc" in r["after"]]
-        line.append(f"{statistics.fmean(aucs):.2f}" if aucs else "")
+        aucs = [[r["after"].get(f"critic_auc_{d}", math.nan) for r in found] for d in DOMAINS]
+        seen = [f"{statistics.fmean(a):.2f}" for a in aucs if not math.isnan(statistics.fmean(a))]
+        line.append(" ".join(seen))
         for kind in ("generated", "trained"):
             counts = [r["tokens"][kind] / 1000 for r in found if "tokens" in r]
             line.append(f"{statistics.fmean(counts):.0f}k" if counts else "")

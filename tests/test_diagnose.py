@@ -107,7 +107,7 @@ RECIPE = {
     "student": {"model": "world:student"},
     "teachers": {"teacher": {"model": "world:teacher"}},
     "critic": {"lr": 1e-3},
-    "data": {"train": ["world:sort:64"], "dev": [{"path": "world:sort:60", "split": "dev"}]},
+    "data": {"train": ["world:sort:64"], "dev": [{"path": "world:sort:40", "split": "dev"}]},
     "reward": "task",
     "method": {"name": "gad", "kl": 0.0, "group": 4},
     "speak": {"max_tokens": 14, "batch_rows": 256},
@@ -139,8 +139,9 @@ def test_a_learning_rate_that_is_far_too_high_stops_the_run_and_the_best_is_kept
 
 def test_without_the_alarm_it_goes_on(tmp_path):
     train = {"lr": 5e-3, "steps": 12, "max_empty_steps": 12}
-    run = ran(tmp_path, train=train, eval={"every": 4, "collapse": None})
+    run = ran(tmp_path, train=train, eval={"every": 6, "collapse": None, "keep": "last"})
     assert run.summary["status"] == "finished" and run.summary["step"] == 12
+    assert run.after["eval/dev_score"] < 0.5 * run.before["eval/dev_score"]
 
 
 def test_below_the_band_the_student_stands_still_and_above_it_the_critic(tmp_path):

@@ -177,6 +177,8 @@ def test_python_resumes_and_opens_runs(tmp_path: Path) -> None:
     assert [row["step"] for row in run.metrics() if "event" not in row] == [1, 2]
     with pytest.raises(opd.errors.UsageError, match="there is no run"):
         opd.open_run(tmp_path / "two")
+    with pytest.raises(opd.errors.UsageError, match="change plain data itself"):
+        opd.load({"student": {}}, "train.lr=1")
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
         _ = opd.lod
 

@@ -139,8 +139,8 @@ HERE = {
 def ablated(name: str, folder: Path) -> opd.Run:
     base = folder / "small.yaml"
     base.write_text(SMALL)
-    found = load([base, RECIPES / "ablations" / f"{name}.yaml"], [*HERE.get(name, []), f"run.dir={folder / 'runs'}"])
-    return opd.run(opd.Loaded(found, folder))
+    over = [RECIPES / "ablations" / f"{name}.yaml", *HERE.get(name, []), f"run.dir={folder / 'runs'}"]
+    return opd.run(opd.load(base, *over))
 
 
 def by_stage(run: opd.Run, name: str) -> dict[str, list[float]]:

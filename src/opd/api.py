@@ -91,15 +91,19 @@ class Run:
         return self.path / "model"
 
 
-def load(recipe: str | Path | Mapping[str, Any], *overrides: str) -> Loaded:
-    """Read and check a recipe file (or plain data of the same shape), with `key=value` overrides.
+def load(recipe: str | Path | Mapping[str, Any], *more: str | Path) -> Loaded:
+    """Read and check a recipe file (or plain data of the same shape); `more` are files over it and `key=value`.
 
     Raises `UsageError` with every problem at once. Loads no model and no torch.
     """
     if isinstance(recipe, Mapping):
+        if more:
+            raise UsageError("files and overrides go over a recipe's file; change plain data itself")
         built = recipes.build(recipe)
         return Loaded(Resolved(built, {}, recipes.dump(built)), Path.cwd())
-    return Loaded(recipes.load([Path(recipe)], list(overrides)), Path(recipe).resolve().parent)
+    overrides = [str(part) for part in more if "=" in str(part) and not Path(part).is_file()]
+    files = [Path(recipe), *(Path(part) for part in more if str(part) not in overrides)]
+    return Loaded(recipes.load(files, overrides), files[0].resolve().parent)
 
 
 def run(loaded: Loaded, *, watch: Watch | None = None) -> Run:

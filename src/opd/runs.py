@@ -93,8 +93,6 @@ def forked(spec: str) -> Path:
 
 def measure(place: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
     """`eval/...` of a run's final student, or of a recipe's student before training."""
-    from opd.state import said_before
-
     run = place if place.is_dir() else None
     resolved, base = recorded(place) if run else (recipes.load([place]), place.resolve().parent)
     if overrides:
@@ -107,21 +105,23 @@ def measure(place: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
             raise UsageError(f"{run} has no finished model yet: its training has not ended; `opd train --resume {run}`")
         final = {"model": str(run / "model"), "lora": None, "drop_layers": 0}
         chosen = chosen.model_copy(update={"student": chosen.student.model_copy(update=final)})
-    return _evaluated(chosen, base, said_before(RunFolder.open(run)) if run else {})
+    return _evaluated(chosen, base, run)
 
 
-def _evaluated(chosen: Recipe, base: Path, heard: dict[tuple[str, str], list[tuple[str, bool]]]) -> dict[str, float]:
-    import torch
-
+def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]:
     from opd.assemble import assemble, device_of, legs
-    from opd.eval import evaluate
     from opd.types import Says
 
-    found = legs(chosen, base)
+    found = legs(chosen, base)  # what cannot work is refused before torch is loaded
+    import torch
+
+    from opd.eval import evaluate
+    from opd.state import said_before
+
     if chosen.run.threads:
         torch.set_num_threads(chosen.run.threads)
     parts = assemble(chosen, found, base, device_of(chosen))
-    parts.teachers.heard.update(heard)
+    parts.teachers.heard.update(said_before(RunFolder.open(run)) if run else {})
     role = next((j.role for leg in found for j, s in leg.method.needs.items() if s is Says.TEXT), None)
     return evaluate(
         parts.student,

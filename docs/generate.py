@@ -88,8 +88,8 @@ def recipe() -> str:
         "",
     ]
     for key, field in Recipe.model_fields.items():
-        inner = _section(field.annotation)
-        out += [f"## {key}", "", f"{(field.description or '').capitalize()}.", ""]
+        inner, said = _section(field.annotation), field.description or ""
+        out += [f"## {key}", "", f"{said[:1].upper()}{said[1:]}.", ""]
         if inner is not None:
             out += ["| key | default | what it is |", "|---|---|---|", *_rows(inner, ""), ""]
     return "\n".join(out)
@@ -108,7 +108,7 @@ def _rows(section: type[Section], prefix: str) -> list[str]:
     for name, field in section.model_fields.items():
         inner = _section(field.annotation)
         if name == "args":
-            rows.append(f"| {prefix}... | | the function's own arguments |")
+            rows.append(f"| `{prefix}ARGUMENT` | | the arguments of the function that is named |")
         elif inner is not None and not (prefix or name in ("train", "speak")):
             rows += _rows(inner, f"{name}.")
         else:
@@ -120,7 +120,7 @@ def _default(field: Any) -> str:
     if field.default is PydanticUndefined:
         return "required" if field.default_factory is None else ""
     value = field.default
-    if isinstance(value, Section):
+    if isinstance(value, Section) or value == "":
         return ""
     return f"`{plain(value)}`"
 

@@ -44,6 +44,11 @@ class Voice:
     def given(self, prompt: Prompt, text: str, speaker: str, sample: int = 0, *, finished: bool = True) -> Rollout:
         return self.renderer.given(prompt, text, speaker, sample, finished=finished)
 
+    def reads(self, said: Iterable[Rollout]) -> list[Rollout]:
+        """Texts of others in this model's tokens, each as far as it has room."""
+        room, given = self.room, self.renderer.given
+        return [given(r.prompt, r.text, r.speaker, r.sample, finished=False, max_tokens=room) for r in said]
+
     def say(self, prompts: Sequence[Prompt], samples: int, seed: int) -> tuple[Rollout, ...]:
         """Samples at temperature 1, whole distribution."""
         teachers = Teachers(self.renderer, self.model)
@@ -68,9 +73,7 @@ def text_numbers(said: Sequence[Rollout], own: Voice, judges: Mapping[str, Voice
     """Of samples: bits per byte under the judges, lengths, variety, repetition."""
     texts = [r.text for r in said]
     fluency = {
-        f"fluency/{name}_bits_per_byte": bits_per_byte(
-            judge.model, [heard(judge, r.prompt, r.text, "student", "length") for r in said], judge.renderer.stop_ids
-        )
+        f"fluency/{name}_bits_per_byte": bits_per_byte(judge.model, judge.reads(said), judge.renderer.stop_ids)
         for name, judge in judges.items()
     }
     known = {r.prompt.id: r.text for r in real}

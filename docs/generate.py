@@ -13,7 +13,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from opd.method import catalogue, describe
-from opd.recipe.sections import Recipe, Section
+from opd.recipe.sections import Recipe, Section, Speak, Update
 
 ROOT = Path(__file__).parent.parent
 START, END = "<!-- methods: made by docs/generate.py -->", "<!-- /methods -->"
@@ -109,7 +109,7 @@ def _rows(section: type[Section], prefix: str) -> list[str]:
         inner = _section(field.annotation)
         if name == "args":
             rows.append(f"| `{prefix}ARGUMENT` | | the arguments of the function that is named |")
-        elif inner is not None and not (prefix or name in ("train", "speak")):
+        elif inner is not None and not prefix and inner not in (Update, Speak):  # those have tables of their own
             rows += _rows(inner, f"{name}.")
         else:
             rows.append(f"| `{prefix}{name}` | {_default(field)} | {field.description} |".replace("  ", " "))

@@ -1,0 +1,66 @@
+"""How `bench/real.py` cuts stories into prompts and short answers, on stories made here."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
+import real
+import real_measure
+
+LONG = "She had a red ball that she loved. " * 8
+
+
+def world(folder: Path, train: list[tuple[str, str]], test: list[tuple[str, str]]) -> Path:
+    (folder / "text").mkdir()
+    for name, rows in (("train", train), ("test", test)):
+        lines = (json.dumps({"prompt": prompt, "response": response}) for prompt, response in rows)
+        (folder / "text" / f"tinystories_{name}.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("story", "expected"),
+    [
+        ("He ran. He fell. He cried.", "He ran. He fell."),
+        ('She said, "Look!" He did.', 'She said, "Look!"'),
+        ("One\nline. And more words", "One line."),
+        ("A sentence without any end for long", ""),
+    ],
+)
+def test_an_answer_is_whole_sentences_on_one_line(story, expected):
+    assert real.shortened(story, limit=20) == expected
+
+
+def test_no_prompt_stands_in_two_splits_and_none_has_more_answers_than_allowed(tmp_path):
+    train = [(f"Story {k} began.", LONG) for k in range(90)] + [("Again.", LONG + str(k)) for k in range(9)]
+    test = [("Story 3 began.", LONG), ("A new one.", LONG), ("A short one.", "No."), ("P" * 80, LONG)]
+    rows = real.split(world(tmp_path, train, test))
+    asked = {name: [row["prompt"] for row in each] for name, each in rows.items()}
+    assert asked["test"] == ["A new one."]
+    assert not set(asked["train"]) & set(asked["dev"]) and 2 < len(asked["dev"]) < 30
+    assert (asked["train"] + asked["dev"]).count("Again.") == real.ANSWERS
+    assert all(row["response"].endswith(".") and len(row["response"]) <= real.ANSWER for row in rows["train"])
+
+
+def test_the_answers_file_holds_nothing_of_the_test_split(tmp_path):
+    place = world(tmp_path, [(f"Story {k} began.", LONG) for k in range(30)], [("A new one.", LONG)])
+    sizes = real.prepare(place, tmp_path / "data")
+    answers = (tmp_path / "data" / "answers.jsonl").read_text()
+    assert sizes["test"] == 1 and sizes["train"] + sizes["dev"] == 30 == answers.count("\n")
+    assert "A new one." not in answers
+
+
+def test_repeated_runs_of_words_are_counted():
+    assert real_measure.repeated("a b c d e f g h") == 0.0
+    assert real_measure.repeated("a b c d a b c d") == pytest.approx(1 / 5)
+    assert real_measure.repeated("one two") == 0.0
+
+
+def test_a_finished_measurement_is_not_made_again(tmp_path):
+    calls = []
+    work = lambda: calls.append(1) or {"value": 2.0}
+    first, again = (real_measure.kept(tmp_path / "deep" / "one.json", work) for _ in range(2))
+    assert first == again and first["value"] == 2.0 and calls == [1]

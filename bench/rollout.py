@@ -1,6 +1,6 @@
 """Tokens a second of opd's local engine against `model.generate`, interleaved in one process.
 
-    python bench/rollout.py [--rounds 5] [--threads 2] [--rows 64]
+    python bench/rollout.py [--rounds 5] [--threads 2] [--rows 64] [--cpu]
 
 A Llama of about 1.4 million parameters with random weights. Four cases: every answer runs to the limit; answers of
 mixed lengths (three tokens in a hundred stop one); prompts of mixed lengths too; eight answers to one prompt.
@@ -104,10 +104,10 @@ def by_opd_plain(llama: LlamaForCausalLM, case: Case, rows: int) -> int:
         local._decoder = usual
 
 
-def rate(speak: Callable[[], int]) -> float:
-    begin = time.perf_counter()
+def rate(speak: Callable[[], int], clock: Callable[[], float]) -> float:
+    begin = clock()
     count = speak()
-    return count / (time.perf_counter() - begin)
+    return count / (clock() - begin)
 
 
 def main() -> None:
@@ -115,7 +115,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--cpu", action="store_true", help="one thread, in its own seconds: steadier on a busy machine")
     args = parser.parse_args()
+    clock = time.process_time if args.cpu else time.perf_counter
+    args.threads = 1 if args.cpu else args.threads
     torch.set_num_threads(args.threads)
     logging.disable(logging.WARNING)
     llama = model()
@@ -126,7 +129,7 @@ def main() -> None:
     print(f"{'':26}{'tokens/s: generate':>20}{'plain':>8}{'opd':>8}{'plain/generate':>17}{'opd/generate':>14}  (range)")
     ways = (by_generate, by_opd_plain, by_opd)
     for case in cases():
-        rates = [[rate(partial(way, llama, case, args.rows)) for way in ways] for _ in range(args.rounds)]
+        rates = [[rate(partial(way, llama, case, args.rows), clock) for way in ways] for _ in range(args.rounds)]
         medians = [statistics.median(column) for column in zip(*rates, strict=True)]
         plain, ours = ([row[column] / row[0] for row in rates] for column in (1, 2))
         ratios = f"{statistics.median(plain):17.2f}{statistics.median(ours):14.2f}"

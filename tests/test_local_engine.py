@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.generation import logits_process
 
 from opd.engines import local
+from opd.engines import sample as sample_module
 from opd.engines.base import Sampling, Spoken
 from opd.engines.fused import Fused, fused, refusal
 from opd.engines.local import generate, path
@@ -202,6 +204,30 @@ def test_answers_come_with_their_exact_probabilities(loop: str) -> None:
     assert {spoken.finish for spoken in said[0] if spoken.tokens[-1] == 2} == {"stop"}
 
 
+class Bigram(nn.Module):
+    """The least that can speak: no config, no cache, the next token depends on the one before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(6, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids[:, -logits_to_keep:]])
+
+
+def test_any_module_with_the_same_call_can_speak() -> None:
+    model = Bigram()
+    said = speak(model, [[3], [0, 4]], IDS[:2], samples=3000, stop_ids=(5,), rows=1024)
+    pairs = np.zeros((6, 6))
+    for prompt, group in zip([[3], [0, 4]], said, strict=True):
+        for spoken in group:
+            np.add.at(pairs, ([prompt[-1], *spoken.tokens[:-1]], list(spoken.tokens)), 1)
+    share = pairs[:5] / pairs[:5].sum(1, keepdims=True)
+    error = np.sqrt(share * (1 - share) / pairs[:5].sum(1, keepdims=True))
+    assert (np.abs(share - model.table[:5].softmax(-1).detach().numpy()) < 4.5 * error).all()
+    assert not pairs[5].any()
+
+
 def test_a_draw_at_the_edges_has_probability() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 1.0, -torch.inf, -200.0, -torch.inf]]).repeat(4, 1)
     noise = torch.tensor([2.0**-53, 1 - 2.0**-53, 0.2689, 0.2690], dtype=torch.float64)
@@ -217,6 +243,22 @@ def test_many_rows_of_random_logits_never_get_an_impossible_id() -> None:
     token, logp = draw(logits, ends, Sampling(max_tokens=1))
     assert (logits.softmax(-1).gather(-1, token[:, None]) > 0).all()
     assert torch.isfinite(logp).all()
+
+
+def test_a_wide_vocabulary_is_drawn_from_in_two_stages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same token as from one long sum, also in the last, shorter block and beside empty blocks."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(4000, 1003, generator=generator, dtype=torch.float64) * 5
+    logits[:, 64:400] = -torch.inf
+    noise = torch.rand(4000, generator=generator, dtype=torch.float64)
+    noise[:4] = torch.tensor([2.0**-53, 1 - 2.0**-53, 2.0**-53, 1 - 2.0**-53], dtype=torch.float64)
+    narrow = draw(logits, noise, Sampling(max_tokens=1))
+    monkeypatch.setattr(sample_module, "WIDE", 100)
+    monkeypatch.setattr(sample_module, "BLOCK", 64)
+    wide = draw(logits, noise, Sampling(max_tokens=1))
+    assert torch.equal(wide[0], narrow[0])
+    assert torch.allclose(wide[1], narrow[1], atol=1e-12)
+    assert (wide[0] >= 960).any()
 
 
 WARPERS = {

@@ -167,8 +167,10 @@ class Fused:
 
     def keep(self, index_R: Tensor) -> None:
         """Only these rows stay, in this order."""
+        moved = (index_R != torch.arange(len(index_R), device=self.device)).nonzero()[:, 0]
         for part in (tensor for pair in self.cache for tensor in pair):
-            part[: len(index_R), :, : self.longest] = part[:, :, : self.longest][index_R]
+            past = part[:, :, : self.longest]
+            past[moved] = past[index_R[moved]]
         self._set_lengths(self.length_R[index_R])
 
     def step(self, token_R: Tensor) -> Tensor:
@@ -239,7 +241,8 @@ class Fused:
             self.cache = [(layer.keys[:0].to(half), layer.values[:0].to(half)) for layer in like]
         rows = max(rows, self.cache[0][0].shape[0])
         length = max(min(length + max(SPARE, length // 2), len(self.cos_L1D)), self.cache[0][0].shape[2])
-        self.cache = [(self._roomier(k, rows, length), self._roomier(v, rows, length)) for k, v in self.cache]
+        for i, (key, value) in enumerate(self.cache):  # one layer at a time: never all of it twice
+            self.cache[i] = (self._roomier(key, rows, length), self._roomier(value, rows, length))
 
     def _roomier(self, held: Tensor, rows: int, length: int) -> Tensor:
         # Zeros, because what a mask gives no weight must still be a number.

@@ -240,11 +240,17 @@ class _Speech:
         return token_R, (token_R[:, None] == self.stop_S).any(-1)
 
     def _leave(self) -> None:
-        stay_R = (~self.done_R & (self.position_R < self.sampling.max_tokens)).nonzero()[:, 0]
-        if self.decoder.drops and len(stay_R) < self.live:
-            self.decoder.keep(stay_R)
+        """Finished rows leave; the last rows take their places, so that few pasts move."""
+        goes_R = self.done_R | (self.position_R >= self.sampling.max_tokens)
+        stay = self.live - int(goes_R.sum())
+        if stay == self.live:
+            return
+        index_R = torch.arange(stay, device=goes_R.device)
+        index_R[goes_R[:stay]] = (~goes_R[stay:]).nonzero()[:, 0] + stay
+        if self.decoder.drops:
+            self.decoder.keep(index_R)
         self.row_R, self.position_R, self.token_R, self.done_R = (
-            held_R[stay_R] for held_R in (self.row_R, self.position_R, self.token_R, self.done_R)
+            held_R[index_R] for held_R in (self.row_R, self.position_R, self.token_R, self.done_R)
         )
 
     def answers(self) -> list[Spoken]:

@@ -51,14 +51,9 @@ def _roomier(held: Tensor, new: int) -> Tensor:
 def _cache(model: nn.Module) -> DynamicCache:
     """The model's own kinds of cache layers (sliding windows and others), the ordinary ones with room to grow."""
     config = getattr(model, "config", None)
-    if config is None:
-        cache = DynamicCache()
-        cache.layer_class_to_replicate = RoomyLayer
-        return cache
-    cache = DynamicCache(config=config)
-    if cache.layers:
-        cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    else:
+    cache = DynamicCache(config=config if hasattr(config, "get_text_config") else None)
+    cache.layers = [RoomyLayer() if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    if not cache.layers:  # the model adds them as it goes
         cache.layer_class_to_replicate = RoomyLayer
     return cache
 

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from opd.engines.base import Sampling
 
+WIDE = 4096  # a row of more ids is drawn from in two stages
+BLOCK = 256  # ids of a block
+
 
 def kept(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """Which ids top-k, then top-p, then min-p leave (bool, [B, V]); `logits_BV` are those at the temperature."""
@@ -31,7 +34,7 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
     """Token ids [B] (int64) and their natural-log probabilities [B] (float64).
 
     `logits_BV` (float32 or float64) end at the real vocabulary; `uniform_B` (float64) lies in the open interval (0, 1).
-    Inverse transform sampling on a float64 cumulative sum: an id with probability zero owns an empty interval and is
+    Inverse transform sampling on float64 cumulative sums: an id with probability zero owns an empty interval and is
     never drawn. The probability recorded is the one of the distribution drawn from; in greedy decoding, the one at
     temperature 1. Logits that are not finite give a nan.
     """
@@ -44,12 +47,43 @@ def draw(logits_BV: Tensor, uniform_B: Tensor, sampling: Sampling) -> tuple[Tens
     if sampling.truncated:
         logits_BV = logits_BV.masked_fill(~kept(logits_BV, sampling), -torch.inf)
     prob_BV = logits_BV.softmax(-1)
-    edge_BV = prob_BV.cumsum(-1, dtype=torch.float64)
-    total_B1 = edge_BV[:, -1:]
-    # Rounding must not carry the target up to the total, where no interval is left.
-    target_B1 = torch.minimum(uniform_B[:, None] * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
-    token_B1 = torch.searchsorted(edge_BV, target_B1, right=True).clamp_(max=logits_BV.shape[-1] - 1)
-    if edge_BV.device.type != "cpu":  # a parallel scan may fall by a rounding error: step back over empty intervals
-        ids_V = torch.arange(logits_BV.shape[-1], device=edge_BV.device)
-        token_B1 = (ids_V * ((ids_V <= token_B1) & (prob_BV > 0))).amax(-1, keepdim=True)
+    token_B1, total_B1 = _pick(prob_BV, uniform_B[:, None])
     return token_B1[:, 0], (prob_BV.gather(-1, token_B1).double() / total_B1).log_()[:, 0]
+
+
+def _pick(weight_BV: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor]:
+    """An id with probability proportional to its weight, and the sum of the weights (float64). [B, 1] each.
+
+    A wide row first picks a block of ids and then, with what is left of the number, an id inside it: the running sums
+    are short. The sum of a block is rounded like the softmax's own.
+    """
+    B, V = weight_BV.shape
+    if V <= WIDE:
+        index_B1, _, edge_BV = _invert(weight_BV, uniform_B1)
+        return index_B1, edge_BV[:, -1:]
+    whole = V // BLOCK * BLOCK
+    sum_BN = torch.cat(
+        [weight_BV[:, :whole].view(B, -1, BLOCK).sum(-1), weight_BV[:, whole:].sum(-1, keepdim=True)], dim=-1
+    )
+    block_B1, target_B1, edge_BN = _invert(sum_BN, uniform_B1)
+    own_B1 = sum_BN.gather(-1, block_B1).double()
+    rest_B1 = ((target_B1 - edge_BN.gather(-1, block_B1)) / own_B1 + 1.0).clamp_(0.0, 1.0)
+    id_BK = block_B1 * BLOCK + torch.arange(BLOCK, device=weight_BV.device)
+    index_B1, _, _ = _invert(weight_BV.gather(-1, id_BK.clamp(max=V - 1)) * (id_BK < V), rest_B1)
+    return block_B1 * BLOCK + index_B1, edge_BN[:, -1:]
+
+
+def _invert(weight_BN: Tensor, uniform_B1: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """First index at which the running sum of the weights exceeds that share of the whole; never one of weight zero.
+
+    Also the sum to exceed, and the running sums. [B, 1], [B, 1], [B, N].
+    """
+    edge_BN = weight_BN.cumsum(-1, dtype=torch.float64)
+    total_B1 = edge_BN[:, -1:]
+    # Rounding must not carry the target up to the total, where no interval is left.
+    target_B1 = torch.minimum(uniform_B1 * total_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+    index_B1 = torch.searchsorted(edge_BN, target_B1, right=True).clamp_(max=weight_BN.shape[-1] - 1)
+    if edge_BN.device.type != "cpu":  # a parallel scan may fall by a rounding error: step back over empty intervals
+        index_N = torch.arange(weight_BN.shape[-1], device=edge_BN.device)
+        index_B1 = (index_N * ((index_N <= index_B1) & (weight_BN > 0))).amax(-1, keepdim=True)
+    return index_B1, target_B1, edge_BN

@@ -198,7 +198,7 @@ def read_head(module: nn.Module, vocab: int | None = None) -> Head:
 
 @torch.no_grad()
 def probe_head(model: CausalModel, tolerance: float = 1e-3) -> float:
-    """Largest difference of a tile's logits from the model's own, on a short row; `CheckFailedError` above the tolerance."""
+    """Largest difference of a tile's logits from the model's own, on a short row; `CheckFailedError` above it."""
     ids = torch.arange(8, device=model.device).remainder(model.head.vocab)[None]
     with model.autocast():
         own = base(model.module)(input_ids=ids, use_cache=False).logits[..., : model.head.vocab]

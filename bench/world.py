@@ -289,18 +289,18 @@ def table(rows: Iterable[Json]) -> str:
 
 
 def by_seed(rows: Iterable[Json]) -> str:
-    """Markdown: a line a cell; the gain over the start with its 95 % interval, sampled, by domain."""
-    lines = ["| method | task | seed | domain | start | end | gain, sampled [95 %] |", "|---|---|---|---|---|---|---|"]
-    for row in sorted(rows, key=lambda r: (r["label"], r["task"], r["seed"])):
+    """Markdown: a line a cell and domain; the gain over the start with its 95 % interval, greedy and sampled."""
+    head = ("method", "task, split", "seed", "domain", "start", "end", "gain, greedy [95 %]", "gain, sampled [95 %]")
+    lines: list[Sequence[Any]] = [head, ["---"] * len(head)]
+    for row in sorted(rows, key=lambda r: (r["label"], r["task"], r["split"], r["seed"])):
         for d in TASKS[row["task"]] if "before" in row else ():
             a, b = row["before"][d], row["after"][d]
-            pair = lambda x: f"{100 * x[0]:.1f} / {100 * x[1]:.1f}"
-            up, low, high = gain(a[1], b[1], row["prompts"] // len(TASKS[row["task"]]))
-            interval = f"{100 * up:+.1f} [{100 * low:+.1f}, {100 * high:+.1f}]"
-            lines.append(
-                f"| {row['label']} | {row['task']} | {row['seed']} | {d} | {pair(a)} | {pair(b)} | {interval} |"
-            )
-    return "\n".join(lines)
+            each = row["prompts"] // len(TASKS[row["task"]])
+            gains = [[100 * x for x in gain(a[i], b[i], each)] for i in (0, 1)]
+            said = [f"{up:+.1f} [{low:+.1f}, {high:+.1f}]" for up, low, high in gains]
+            start, end = (f"{100 * x[0]:.1f} / {100 * x[1]:.1f}" for x in (a, b))
+            lines.append((row["label"], f"{row['task']}, {row['split']}", row["seed"], d, start, end, *said))
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
 def _value(text: str) -> Any:

@@ -67,6 +67,7 @@ METHODS: dict[str, Json] = {
     "grpo": {"method": {"name": "grpo"}, "train": {**TRAIN, "lr": 3e-4, "prompts": 32, "steps": 120}},
     "gad": _gad(),  # credit divided by the group's deviation, as in the paper
     "gad_small": _gad(std=False),
+    "gad_able_critic": _gad(std=False),
 }
 
 
@@ -102,6 +103,8 @@ class Cell:
             "run": {"seed": 17 + self.seed, "save_every": 0, "threads": 1, "sample_rows": 32, "dir": str(runs)},
             **copy.deepcopy(METHODS[self.method]),
         }
+        if self.method == "gad_able_critic":  # begins as a model that knows the tasks and is not this teacher
+            data["critic"]["init"] = "world:teacher" if self.seed == 1 else str(worlds / "seed1" / "teacher")
         for path, value in self.settings:
             _put(data, path.split("."), value)
         return data

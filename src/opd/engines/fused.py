@@ -132,9 +132,8 @@ class Fused:
         self.layers = [_layer(layer, join, self.queries, self.keys) for layer in inner.model.layers]
         cos_1LD, sin_1LD = inner.model.rotary_emb(weight[:1], torch.arange(length, device=self.device)[None])
         self.cos_L1D = cos_1LD[0, :, None]
-        self.sin_L1D = torch.cat([-sin_1LD, sin_1LD], -1)[
-            0, :, None, self.width // 2 : self.width // 2 * 3
-        ].contiguous()
+        half = torch.ones(self.width // 2, dtype=sin_1LD.dtype, device=self.device)
+        self.sin_L1D = (sin_1LD * torch.cat([-half, half]))[0, :, None]  # signed, to go with halves that swap places
         self.cache: list[tuple[Tensor, Tensor]] = []  # keys and values of each layer [rows, k, positions, D]
         self.length_R = torch.zeros(0, dtype=torch.long, device=self.device)
         self.longest = 0  # max of length_R
@@ -177,14 +176,15 @@ class Fused:
         """The rows' next tokens in, their next logits [R, V] out."""
         R, L = len(token_R), self.longest + 1
         self._make_room(R, L)
+        x_RH = self.backbone.embed_tokens(token_R)
         mask_RL = None
         at: Any = (slice(0, R), slice(None), self.longest)
         cos, sin = self.cos_L1D[self.longest], self.sin_L1D[self.longest]
         if self.ragged:
             at = (torch.arange(R, device=self.device), slice(None), self.length_R)
             cos, sin = self.cos_L1D[self.length_R], self.sin_L1D[self.length_R]
-            mask_RL = (torch.arange(L, device=self.device) <= self.length_R[:, None])[:, None, None]
-        x_RH = self.backbone.embed_tokens(token_R)
+            empty_RL = torch.arange(L, device=self.device) > self.length_R[:, None]
+            mask_RL = torch.zeros_like(empty_RL, dtype=x_RH.dtype).masked_fill_(empty_RL, -torch.inf)[:, None, None]
         for layer, (key, value) in zip(self.layers, self.cache, strict=True):
             x_RH = self._layer_step(layer, x_RH, key, value, at, cos, sin, mask_RL)
         self.length_R = self.length_R + 1

@@ -264,6 +264,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/real"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[17, 18])
     parser.add_argument("--only", nargs="+", choices=["gad", "white", "char"], default=["gad", "white", "char"])
+    parser.add_argument("--finished", action="store_true", help="train nothing: measure the runs that have finished")
     parser.add_argument("--quick", action="store_true", help="a few steps each, into another folder: does it run?")
     args = parser.parse_args()
     if not (args.world / "models").is_dir():
@@ -278,7 +279,7 @@ def main() -> None:
         (arm.part, arm.name, seed): trained(arm, seed, args.world, out, shortly(arm) if args.quick else [])
         for seed in seeds
         for arm in ARMS
-        if arm.part in args.only
+        if arm.part in args.only and (not args.finished or status(out / folder_of(arm, seed)) == "finished")
     }
     judges = {name: voice(args.world / "models" / name, name) for name in ROOM}
     prompts = {name: tuple(read(f"runs/real/data/{name}.jsonl")) for name in ("train", "test")}

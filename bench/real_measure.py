@@ -100,9 +100,9 @@ def kl_to(teacher: Voice, student: Voice, said: Sequence[Rollout]) -> dict[str, 
     batch = pack(said, temperature=1.0)
     logp_NV = [m.head.logits(m.all_hidden(batch)).log_softmax(-1) for m in (student.model, teacher.model)]
     return {
-        "kl/reverse_nats": float(divergence.reverse_kl(*logp_NV).mean()),
-        "kl/forward_nats": float(divergence.forward_kl(*logp_NV).mean()),
-        "entropy/student_nats": float(-(logp_NV[0].exp() * logp_NV[0]).sum(-1).mean()),
+        "kl/reverse_nats": float(divergence.reverse_kl(*logp_NV).sum(-1).mean()),
+        "kl/forward_nats": float(divergence.forward_kl(*logp_NV).sum(-1).mean()),
+        "entropy/student_nats": float(divergence.entropy(logp_NV[0]).mean()),
     }
 
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from tabled import V, knowing, random_table, rollout, table
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))
 import real
@@ -57,6 +58,18 @@ def test_repeated_runs_of_words_are_counted():
     assert real_measure.repeated("a b c d e f g h") == 0.0
     assert real_measure.repeated("a b c d a b c d") == pytest.approx(1 / 5)
     assert real_measure.repeated("one two") == 0.0
+
+
+def test_the_distance_to_a_teacher_is_the_sum_over_its_vocabulary():
+    uniform, sharp = random_table(None), knowing(3)
+    rows = [rollout(k, "student", (1,), [(k % V, 0.0), (2, 0.0)]) for k in range(4)]
+    s, t = table(sharp).detach(), table(uniform).detach()
+    per_state = (s.exp() * (s - t)).sum(-1)
+    expected = sum(float(per_state[1] + per_state[V + k % V]) for k in range(4)) / 8
+    voices = [real_measure.Voice(model, None, 2) for model in (uniform, sharp)]
+    found = real_measure.kl_to(*voices, rows)
+    assert found["kl/reverse_nats"] == pytest.approx(expected)
+    assert found["kl/forward_nats"] > 0 and real_measure.kl_to(voices[1], voices[1], rows)["kl/reverse_nats"] == 0
 
 
 def test_a_finished_measurement_is_not_made_again(tmp_path):

@@ -40,7 +40,6 @@ def main() -> None:
         _complain(error)
         sys.exit(error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        err.print("interrupted")
         sys.exit(130)
     except BrokenPipeError:  # whoever read the output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -123,8 +122,12 @@ def train(
         recorded(resume)  # says what is wrong where it is no run
         files, overrides = _split(recipes)
         resolved, base = _resolved([*map(str, files or [resume / "recipe.yaml"]), *overrides])
-    with panel(quiet or as_json) as watch:
-        summary, folder = start(resolved, base, resume=resume, fork=fork, watch=watch)
+    try:
+        with panel(quiet or as_json) as watch:
+            summary, folder = start(resolved, base, resume=resume, fork=fork, watch=watch)
+    except KeyboardInterrupt:
+        err.print("interrupted: the run stopped at once; `opd train --resume RUN` goes on from its last checkpoint")
+        raise typer.Exit(130) from None
     if as_json:
         _json({"run": str(folder), **summary})
     else:

@@ -29,12 +29,12 @@ Linear = Callable[[Tensor], Tensor]
 def refusal(model: nn.Module) -> str | None:
     """Why this loop cannot decode the model (a phrase), or None."""
     inner = _inner(model)
-    kind, config = type(inner).__name__, getattr(inner, "config", None)
-    if kind not in ARCHITECTURES or config is None:
+    kind = type(inner).__name__
+    if kind not in ARCHITECTURES:
         return f"{kind} is not one of {', '.join(ARCHITECTURES)}"
-    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
-        return "it attends in a sliding window"
-    if getattr(config, "sliding_window", None) and not hasattr(config, "layer_types"):
+    config = inner.config
+    usual = "sliding_attention" if getattr(config, "sliding_window", None) else "full_attention"
+    if set(getattr(config, "layer_types", None) or [usual]) != {"full_attention"}:
         return "it attends in a sliding window"
     if config.hidden_act != "silu":
         return f"its activation is {config.hidden_act}"
@@ -155,11 +155,10 @@ class Fused:
         h_PSH = self.backbone(input_ids=tokens_PS, past_key_values=past, use_cache=True).last_hidden_state
         h_PH = h_PSH[torch.arange(len(prompts)), (length_P - 1).to(self.device)]
         copy_R = torch.tensor(copies, device=self.device)
-        held, rows = len(self.length_R), len(self.length_R) + len(copies)
-        self._make_room(rows, S, past.layers)
+        new = slice(len(self.length_R), len(self.length_R) + len(copies))
+        self._make_room(new.stop, S, past.layers)
         for layer, (key, value) in zip(past.layers, self.cache, strict=True):
-            key[held:rows, :, :S] = layer.keys[copy_R]
-            value[held:rows, :, :S] = layer.values[copy_R]
+            key[new, :, :S], value[new, :, :S] = layer.keys[copy_R], layer.values[copy_R]
         self._set_lengths(torch.cat([self.length_R, length_P.to(self.device)[copy_R]]))
         logits_PV: Tensor = self.head(h_PH)
         return logits_PV[copy_R]

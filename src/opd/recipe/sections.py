@@ -115,7 +115,7 @@ class Source(Section):
     """One file or data set of prompts."""
 
     path: str = says("JSONL or parquet file, folder, Hugging Face data set, or world:NAME")
-    domain: str = says("what these prompts are about: chooses experts, splits metrics", "")
+    domain: str = says("what these prompts are about: evaluations are split by it", "")
     weight: Above0 = says("how often it is drawn, relative to the other sources", 1.0)
     split: str | None = says("split of a Hugging Face data set", None)
     prompt_key: str | None = says("column of the prompt; null finds messages or prompt", None)

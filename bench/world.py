@@ -141,6 +141,8 @@ def measure(cell: Cell, worlds: Path) -> Json:
     try:
         with RunFolder.create(into, "cell") as folder:
             summary = train(recipes.build(cell.recipe(worlds, into)), folder, base=Path.cwd())
+        if summary["reason"] == "interrupted":
+            raise KeyboardInterrupt
         read = lambda name: [json.loads(line) for line in (into / "cell" / name).read_text().splitlines()]
         metrics, samples = read("metrics.jsonl"), read("samples.jsonl")
         events = [e for e in read("events.jsonl") if e["kind"] in ("warning", "stop")]

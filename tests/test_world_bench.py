@@ -38,9 +38,10 @@ def test_what_is_wrong_with_an_answer(prompt, text, kind):
 
 @pytest.mark.parametrize("method", world.METHODS)
 @pytest.mark.parametrize("task", world.TASKS)
-def test_every_cell_is_a_recipe(method, task):
+def test_every_cell_is_a_recipe(method, task, tmp_path):
+    (tmp_path / "seed1" / "teacher").mkdir(parents=True)
     cell = world.Cell(method, task, 0, "dev")
-    recipe = recipes.build(cell.recipe(Path("worlds"), Path("runs")))
+    recipe = recipes.build(cell.recipe(tmp_path, tmp_path))
     assert len(recipe.data.dev) == len(world.TASKS[task]) and recipe.run.threads == 1
 
 

@@ -148,7 +148,7 @@ def ceiling(into: Path, quick: bool) -> dict[str, float]:
 def table(rows: list[dict[str, Any]], teacher: Mapping[str, float]) -> Table:
     """Accuracy before and after with intervals, and what it cost."""
     title = "One student taught three ways: % right [95 % interval]; by domain: sampled"
-    out = Table(title=title, box=None, pad_edge=False, padding=(0, 2, 0, 0), title_justify="left")
+    out = Table(title=title, box=None, pad_edge=False, padding=(0, 1, 0, 0), title_justify="left")
     for head in ("method", "greedy", "sampled"):
         out.add_column(head, no_wrap=True)
     for head in (*DOMAINS, "spoken", "learned", "s", "GFLOP"):

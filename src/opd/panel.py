@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -112,11 +113,13 @@ class View:
             first, last = self.evals[0], self.evals[-1]
             for name in _EVAL:
                 if name in last:
-                    change = f"{first.get(name, float('nan')):.3f} → {last[name]:.3f} at step {last['step']}"
+                    before = f"{first[name]:.3f} → " if name in first else ""
+                    change = f"{before}{last[name]:.3f} at step {last['step']}"
                     parts.append(Text.assemble((name.split("/")[1] + "  ", "bold"), change))
         parts += [Text(f"! {w}", style="yellow") for w in self.warnings]
         title = f"{self.stage}  step {self.step_in_stage} of {self.steps}"
-        return Panel(Group(ProgressBar(max(1, self.steps), self.step_in_stage), *parts), title=Text(title))
+        bar = Padding(ProgressBar(max(1, self.steps), self.step_in_stage), 0)  # a bare bar does not end its line
+        return Panel(Group(bar, *parts), title=Text(title))
 
 
 def spark(values: list[float], width: int = 40) -> str:

@@ -20,7 +20,13 @@ from opd.recipe import Recipe, Resolved
 
 STREAMS = ("metrics", "samples", "answers")  # whose bytes a resume must reproduce
 STAGES = [
-    {"name": "warm-up", "method": "seqkd", "critic": {"learn": True, "alone_steps": 1, "group": 2}, "steps": 3},
+    {
+        "name": "warm-up",
+        "method": "seqkd",
+        "critic": {"learn": True, "alone_steps": 1, "group": 2},
+        "steps": 3,
+        "train": {"betas": [0.8, 0.9]},
+    },
     {"name": "gad", "method": {"name": "gad", "group": 3, "kl": "linear(0.05, 0, 4)"}, "steps": 4},
 ]
 
@@ -107,19 +113,22 @@ def weights(folder: Path) -> dict[str, Any]:
     return load_file(folder / "model" / "model.safetensors")
 
 
-def tensors(folder: Path) -> dict[str, dict[str, Any]]:
-    """All groups of the newest checkpoint."""
+def saved(folder: Path) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """The newest checkpoint: its tensors by group, and where the run stood, the time it took left out."""
     place = checkpoint.latest(folder / "checkpoints")
     assert place is not None
-    return checkpoint.load(place)[0]
+    tensors, state = checkpoint.load(place)
+    return tensors, {k: v for k, v in state["progress"].items() if k != "seconds"}
 
 
 def differences(one: Path, other: Path) -> list[str]:
     """Where two runs differ in what must not differ: record, final weights, state of the last checkpoint, summary."""
     found = [f"{s}.jsonl" for s in STREAMS if (one / f"{s}.jsonl").read_bytes() != (other / f"{s}.jsonl").read_bytes()]
+    (tensors, state), (others, state_of_other) = saved(one), saved(other)
+    found += [f"progress: {k}" for k, v in state.items() if v != state_of_other[k]]
     for what, (a, b) in {
         "model": (weights(one), weights(other)),
-        **{f"checkpoint {k}": (v, tensors(other).get(k, {})) for k, v in tensors(one).items()},
+        **{f"checkpoint {k}": (v, others.get(k, {})) for k, v in tensors.items()},
     }.items():
         found += [f"{what}: {k}" for k in {*a, *b} if k not in a or k not in b or not a[k].equal(b[k])]
     said = [[row for row in read(f / "events.jsonl") if row["kind"] not in ("resume", "note")] for f in (one, other)]

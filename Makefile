@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test test-services check format docs world bench clean
+.PHONY: demo test test-services check format docs world clean
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "opd needs Python 3.11 or newer; set PYTHON="; exit 1; }

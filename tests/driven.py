@@ -29,6 +29,7 @@ STAGES = [
     },
     {"name": "gad", "method": {"name": "gad", "group": 3, "kl": "linear(0.05, 0, 4)"}, "steps": 4},
 ]
+BARE = {"eval": {"every": 0, "at_start": False, "length_band": None}, "data": {"train": "world:sort:14"}}
 
 
 def small(parent: Path, name: str = "run", **changes: Any) -> Recipe:
@@ -52,6 +53,12 @@ def small(parent: Path, name: str = "run", **changes: Any) -> Recipe:
     if "method" in data:
         data.pop("stages")
     return recipe.build({k: v for k, v in data.items() if v is not None})
+
+
+def short(parent: Path, method: Any, steps: int = 3, name: str = "run", **changes: Any) -> Recipe:
+    """One stage and no evaluation."""
+    own: dict[str, Any] = {"train": {"lr": 1e-3, "prompts": 4, "steps": steps}, **BARE} | changes
+    return small(parent, name, stages=[{"method": method}], **own)
 
 
 def resolved(chosen: Recipe) -> Resolved:

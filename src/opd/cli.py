@@ -200,7 +200,7 @@ def samples(
     worst: Annotated[bool, typer.Option("--worst", help="Lowest scores first.")] = False,
     best: Annotated[bool, typer.Option("--best", help="Highest scores first.")] = False,
     prompt: Annotated[str | None, typer.Option(help="Only prompts that contain this text.")] = None,
-    n: Annotated[int, typer.Option(help="How many.")] = 8,
+    n: Annotated[int, typer.Option("-n", "--n", help="How many.")] = 8,
     as_json: Json = False,
 ) -> None:
     """Show what the student said, beside the teacher."""
@@ -248,7 +248,7 @@ def demo(
     into: Annotated[Path, typer.Option("--dir", help="Where the run folders go.")] = Path("runs/demo"),
     as_json: Json = False,
 ) -> None:
-    """Train one student three ways in about 90 seconds and compare them in a report."""
+    """Train one student three ways in about a minute and compare them in a report."""
     from opd.demo import show
 
     show(quick=quick, into=into, as_json=as_json)

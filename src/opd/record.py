@@ -37,7 +37,9 @@ def locked(chosen: recipe.Recipe, parts: Parts, base: Path, device: str, origin:
         models={role: place for role, place in places.items() if place.is_dir()},
     )
     begun = None if origin is None else str(origin.absolute())
-    return {**known, "hashes": dict(parts.hashes), "base": str(base.absolute()), "origin": begun}
+    licences = {role: teacher.licence for role, teacher in chosen.teachers.items() if teacher.licence}
+    own = {"hashes": dict(parts.hashes), "licences": licences, "base": str(base.absolute()), "origin": begun}
+    return {**known, **own}
 
 
 def begin(

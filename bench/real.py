@@ -49,17 +49,21 @@ class Arm:
     student: str
     drop: int = 0
     stages: tuple[str, ...] = ()
+    changed: tuple[str, ...] = ()  # overrides of the recipe
 
 
 GAD = ("imitate", "warm-up", "gad")
+AS_IN_THE_PAPER = ("stages.gad.method.std=true",)  # advantages are divided by their group's deviation
 ARMS = (
     Arm("seqkd", "gad", "seqkd.yaml", "stories260K", 2),
     Arm("gad", "gad", "gad.yaml", "stories260K", 2, GAD),
+    Arm("gad_std", "gad", "gad.yaml", "stories260K", 2, GAD, AS_IN_THE_PAPER),
     Arm("reverse_kl", "white", "gkd.yaml", "stories260K", 2),
     Arm("jsd", "white", "gkd_jsd.yaml", "stories260K", 2),
     Arm("token_opd", "white", "token_opd.yaml", "stories260K", 2),
     Arm("seqkd", "char", "seqkd.char.yaml", "babyllama105"),
     Arm("gad", "char", "gad.char.yaml", "babyllama105", 0, GAD),
+    Arm("gad_std", "char", "gad.char.yaml", "babyllama105", 0, GAD, AS_IN_THE_PAPER),
 )
 
 
@@ -113,9 +117,9 @@ def command(arm: Arm, seed: int, world: Path, out: Path, extra: Sequence[str]) -
     own = [f"student.model={models / arm.student}", f"run.name={folder_of(arm, seed)}", f"run.seed={seed}"]
     if arm.part == "white":
         own.append(f"teachers.teacher.model={models / 'stories260K'}")
-    if arm.name == "gad" and arm.part == "gad":
+    if arm.stages and arm.part == "gad":
         own.append(f"critic.init={models / 'stories260K'}")
-    return ["train", f"recipes/real/{arm.recipe}", *own, f"run.dir={out}", *extra, "--quiet"]
+    return ["train", f"recipes/real/{arm.recipe}", *own, f"run.dir={out}", *arm.changed, *extra, "--quiet"]
 
 
 def folder_of(arm: Arm, seed: int) -> str:

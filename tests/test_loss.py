@@ -6,24 +6,13 @@ import pytest
 import torch
 from tabled import gradient, hear, packed, random_rollouts, random_table, relative, rollout, sampled_logp
 
+from opd.anchors import old
 from opd.batch import Score, Token
+from opd.credits import Discounted, LogRatio, Reward, discounted, log_ratio, reward
 from opd.errors import OpdError
-from opd.expression import Band, Discounted, LogRatio, Reward, Zero
-from opd.loss import (
-    Divergence,
-    Loss,
-    band,
-    bradley_terry,
-    discounted,
-    k3,
-    learn,
-    log_ratio,
-    match,
-    nll,
-    old,
-    push,
-    reward,
-)  # fmt: skip
+from opd.expression import Zero
+from opd.gates import Band, band
+from opd.loss import Divergence, Loss, bradley_terry, k3, learn, match, nll, push  # fmt: skip
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.schedule import Schedule, cosine, linear, parse, value
 from opd.types import Judge, Says

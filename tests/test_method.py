@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from opd.anchors import old
+from opd.credits import log_ratio, reward
 from opd.errors import UsageError
-from opd.loss import bradley_terry, learn, log_ratio, nll, old, push, reward
+from opd.loss import bradley_terry, learn, nll, push
 from opd.method import CRITIC, TEACHER, Method, Setting, bind, both, build, mixture, one
 from opd.types import Says
 

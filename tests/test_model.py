@@ -8,10 +8,12 @@ from tabled import packed, prompt, random_rollouts, random_table
 from test_head import Largest
 from torch import nn
 
+from opd.anchors import old
 from opd.batch import Dense, Score, Token, Total, pack
+from opd.credits import log_ratio, reward
 from opd.errors import CheckFailedError, OpdError, UsageError
 from opd.head import token_logp
-from opd.loss import Divergence, k3, log_ratio, match, nll, old, push, reward
+from opd.loss import Divergence, k3, match, nll, push
 from opd.math import divergence as D
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.model import CausalModel, adapter, base, load, probe_head, trained

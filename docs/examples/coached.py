@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from opd.loss import log_ratio, old, push, reward
+from opd.anchors import old
+from opd.credits import log_ratio, reward
+from opd.loss import push
 from opd.method import TEACHER, Clip, Group, Method, NotNegative, one
 
 

@@ -1,5 +1,7 @@
 """Expressions: numbers per token that never carry gradient. Credits, anchors and gates are all of this type.
 
+Here is what they share; each door has its own file: `opd.credits`, `opd.anchors`, `opd.gates`.
+
 Evaluation sees one of two scopes with the same names: a *tile* (some tokens, with the vocabulary axis) or the *whole*
 optimizer batch (all tokens, without it). An expression whose reach is wider than a token is evaluated once a step on
 the whole batch, before it is cut, and the tile reads the result: so neither micro-batches nor tiles can change it.
@@ -10,16 +12,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from opd import math
 from opd.schedule import Coefficient, Schedule, value
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Against = Literal["live", "old", "behaviour"]
 
 
 class Reach(IntEnum):
@@ -175,138 +174,6 @@ class Scaled(Expression):
     def __str__(self) -> str:
         factor = str(self.factor) if isinstance(self.factor, Schedule) else f"{self.factor:g}"
         return f"{factor} ({self.inner})"
-
-
-@dataclass(frozen=True)
-class Logp(Expression):
-    """The student's own log-probability of the sampled token: live, old, or as it was spoken."""
-
-    which: Against
-
-    def at(self, scope: Scope) -> Tensor:
-        chosen: Tensor = getattr(scope, self.which)
-        return chosen.detach()
-
-    @property
-    def own_reads(self) -> frozenset[str]:
-        return frozenset({self.which})
-
-    def __str__(self) -> str:
-        return {"live": "log π", "old": "log π_old", "behaviour": "log μ"}[self.which]
-
-
-@dataclass(frozen=True)
-class LogRatio(Expression):
-    """log judge - log student on the sampled token, in nats."""
-
-    judge: Judge
-    against: Against
-
-    def at(self, scope: Scope) -> Tensor:
-        mine: Tensor = getattr(scope, self.against)
-        return scope.judged(self.judge) - mine.detach()
-
-    @property
-    def own_needs(self) -> Needs:
-        return {self.judge: Says.TOKEN}
-
-    @property
-    def own_reads(self) -> frozenset[str]:
-        return frozenset({self.against})
-
-    def __str__(self) -> str:
-        return f"log {self.judge} - {Logp(self.against)}"
-
-
-@dataclass(frozen=True)
-class Reward(Expression):
-    """A rollout's reward (the task's, or a critic's score) less its group's mean, over the deviation if `std`."""
-
-    judge: Judge | None = None
-    std: bool = False
-    min_std: float = 0.0
-    reach = Reach.GROUP
-
-    def at(self, scope: Whole) -> Tensor:
-        value_B = scope.reward if self.judge is None else scope.scored(self.judge)
-        advantage_B = math.credit.group_advantage(value_B, scope.group, std=self.std, min_std=self.min_std)
-        return advantage_B[scope.row]
-
-    @property
-    def own_needs(self) -> Needs:
-        return {} if self.judge is None else {self.judge: Says.SCORE}
-
-    @property
-    def own_reads(self) -> frozenset[str]:
-        return frozenset({"reward"}) if self.judge is None else frozenset()
-
-    def __str__(self) -> str:
-        name = "reward" if self.judge is None else f"score_{self.judge}"
-        return f"({name} - group mean)" + (" / group std" if self.std else "")
-
-
-@dataclass(frozen=True)
-class Discounted(Expression):
-    """sum_k gamma^k credit_{t+k}, the token itself included."""
-
-    inner: Expression
-    gamma: float
-    parts = ("inner",)
-    reach = Reach.SEQUENCE
-
-    def at(self, scope: Whole) -> Tensor:
-        return math.credit.discounted(self.inner.value(scope), scope.row, self.gamma)
-
-    def __str__(self) -> str:
-        return f"Σ_k {self.gamma:g}^k ({self.inner})_t+k"
-
-
-@dataclass(frozen=True)
-class Band(Expression):
-    """A gate: old / behaviour where it lies in [low, high], 0 where the trainer and the sampler disagree more."""
-
-    low: float
-    high: float
-
-    def at(self, scope: Scope) -> Tensor:
-        return math.trust.band((scope.old - scope.behaviour).detach().exp(), self.low, self.high)
-
-    @property
-    def own_reads(self) -> frozenset[str]:
-        return frozenset({"old", "behaviour"})
-
-    def __str__(self) -> str:
-        return f"band(π_old/μ, {self.low:g}, {self.high:g})"
-
-
-def log_ratio(judge: Judge, against: Against = "live") -> Expression:
-    """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient."""
-    return LogRatio(judge, against)
-
-
-def reward(judge: Judge | None = None, *, std: bool = False, min_std: float = 0.0) -> Expression:
-    """Group-centred reward from the task's verifier, or from a critic."""
-    return Reward(judge, std, min_std)
-
-
-def discounted(credit: Expression, gamma: float) -> Expression:
-    """Reward-to-go of a credit; gamma = 0 is the credit itself."""
-    return Discounted(credit, gamma) if gamma else credit
-
-
-def behaviour() -> Expression:
-    """The anchor of importance sampling: the engine that spoke."""
-    return Logp("behaviour")
-
-
-def old() -> Expression:
-    """The anchor of PPO: the student just before the first update on this batch."""
-    return Logp("old")
-
-
-def band(low: float, high: float) -> Expression:
-    """A masked importance weight between trainer and sampler."""
-    return Band(low, high)
 
 
 def union(many: Iterable[Needs]) -> dict[Judge, Says]:

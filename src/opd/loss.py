@@ -11,8 +11,8 @@
     loss + loss, 0.1 * loss, loss.on(speaker), loss.where(gate), loss.per("sequence")
 
 What the loss needs from whom (`needs`) and which log-probabilities it reads (`reads`) follow from the symbols. Nothing
-here imports torch: the command line prints equations without it. Credits, anchors and gates are all `Expression`s
-(`opd.expression`); the door they enter by gives them their role.
+here imports torch: the command line prints equations without it. `opd.credits`, `opd.anchors` and `opd.gates` have
+what enters a `push` and a `where`; all are `Expression`s, and the door they enter by gives them their role.
 """
 
 from __future__ import annotations
@@ -22,28 +22,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
-from opd.expression import (
-    Expression,
-    Logp,
-    Scope,
-    band,
-    behaviour,
-    discounted,
-    log_ratio,
-    old,
-    reward,
-    union,
-)
+from opd.anchors import Logp, behaviour
+from opd.expression import Expression, Scope, union
 from opd.schedule import Coefficient, Schedule
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = [
-    "Divergence", "Loss", "Objective", "Term", "band", "bce", "behaviour", "bradley_terry", "discounted", "k3", "learn",
-    "log_ratio", "match", "nll", "old", "push", "reward",
-]  # fmt: skip
 
 Per = Literal["token", "sequence", "sequence_sum"]
 

@@ -14,8 +14,8 @@ from opd import math, recipe
 from opd.assemble import Leg, Parts, model_path
 from opd.batch import Batch, Dense, Score, Token
 from opd.chat import Renderer
+from opd.credits import Reward
 from opd.critic import Critic
-from opd.expression import Reward
 from opd.lock import lock
 from opd.log import RunFolder, full_disk, json_line
 from opd.method import CRITIC, Method

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from opd.loss import Objective, Per, learn, nll, old, push, reward
+from opd.anchors import old
+from opd.credits import reward
+from opd.loss import Objective, Per, learn, nll, push
 from opd.method import CRITIC, Clip, Coefficient, Group, Method, NotNegative, both, one
 from opd.methods.grpo import to_reference
 

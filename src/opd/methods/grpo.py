@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from opd.loss import Loss, Per, k3, log_ratio, old, push, reward
+from opd.anchors import old
+from opd.credits import log_ratio, reward
+from opd.loss import Loss, Per, k3, push
 from opd.method import REFERENCE, Clip, Coefficient, Group, Method, NotNegative, one
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from opd.expression import Against
-from opd.loss import Per, discounted, log_ratio, old, push
+from opd.anchors import Against, old
+from opd.credits import discounted, log_ratio
+from opd.loss import Per, push
 from opd.method import TEACHER, Clip, Group, Method, Share, one
 
 

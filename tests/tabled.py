@@ -10,10 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from opd.batch import Batch, Dense, Score, Token, pack
+from opd.batch import Batch, pack
 from opd.engines.table import table_model
 from opd.head import token_logp
+from opd.method import EXPERT
 from opd.model import CausalModel
+from opd.signals import Dense, Experts, Score, Shelf, Token
 from opd.student import Optim, Student
 from opd.types import Judge, Message, Prompt, Rollout, Says, Turn
 
@@ -170,19 +172,39 @@ def hear(
     judges: Mapping[str, CausalModel],
     score: Callable[[Rollout], float] | None = None,
 ) -> Batch:
-    """A signal of every judge, of exactly the strength that is asked: reading more fails. A role falls back on `*`."""
+    """A signal of every judge, of exactly the strength that is asked: reading more fails.
+
+    A role falls back on `*`; a judge that sees more than the student is `*` too, whoever it is. A hint exists for two
+    rows in three. Experts share the rows, though here all of them are the same.
+    """
     signals = {}
     for judge, says in needs.items():
-        model = judges.get(judge.role, judges.get("*"))
+        model = judges["*"] if judge.view != "same" else judges.get(judge.role, judges.get("*"))
+        row = torch.arange(len(batch.rollouts))
+        heard_N = (row % 3 != 1)[batch.row_N] if judge.view == "hint" else None
         if says is Says.SCORE:
             values = [score(r) if r.speaker == "student" else float("nan") for r in batch.rollouts]
             signals[judge] = Score(torch.tensor(values, dtype=batch.behaviour_N.dtype))
         elif says is Says.DENSE:
-            signals[judge] = Dense(model.all_hidden(batch), model.head)
+            hidden = model.all_hidden(batch)
+            signals[judge] = Dense(hidden, model.head, heard_N)
+            if judge.role == EXPERT:
+                signals[judge] = experts(hidden, (row % 2)[batch.row_N], model)
         elif says is Says.TOKEN:
             hidden = model.all_hidden(batch)
-            signals[judge] = Token(token_logp(model.head, hidden, batch.token_N, batch.temperature))
+            logp_N = token_logp(model.head, hidden, batch.token_N, batch.temperature)
+            silent_N = torch.zeros_like(batch.row_N, dtype=torch.bool) if heard_N is None else ~heard_N
+            signals[judge] = Token(logp_N.masked_fill(silent_N, float("nan")), heard_N)
     return replace(batch, signals=signals)
+
+
+def experts(hidden_NH: torch.Tensor, judge_N: torch.Tensor, model: CausalModel) -> Experts:
+    """A judge's hidden states as if two had shared the rows."""
+    parts = [(judge_N == number).nonzero()[:, 0] for number in range(2)]
+    place_N = torch.zeros_like(judge_N)
+    for part in parts:
+        place_N[part] = torch.arange(len(part))
+    return Experts(judge_N, place_N, tuple(hidden_NH[p] for p in parts), Shelf([model.head] * 2, hidden_NH.device))
 
 
 def packed(rollouts: Sequence[Rollout], temperature: float = 1.0, dtype: torch.dtype = F64) -> Batch:

@@ -11,11 +11,11 @@ import torch
 from tabled import F64, V, gradient, hear, packed, prefix, random_table, relative, rollout, sampled_logp, table
 
 from opd.anchors import behaviour, old
-from opd.batch import Score
 from opd.credits import discounted, log_ratio, reward
 from opd.loss import Divergence, Loss, k3, match, nll, push
 from opd.math import divergence as D
 from opd.method import CRITIC, REFERENCE, TEACHER, build
+from opd.signals import Score
 
 RKL, FKL = Divergence("reverse_kl"), Divergence("forward_kl")
 STEPS = 2

@@ -7,7 +7,6 @@ import torch
 from tabled import gradient, hear, packed, random_rollouts, random_table, relative, rollout, sampled_logp
 
 from opd.anchors import old
-from opd.batch import Score, Token
 from opd.credits import Discounted, LogRatio, Reward, discounted, log_ratio, reward
 from opd.errors import OpdError
 from opd.expression import Zero
@@ -15,6 +14,7 @@ from opd.gates import Band, band
 from opd.loss import Divergence, Loss, bradley_terry, k3, learn, match, nll, push  # fmt: skip
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.schedule import Schedule, cosine, linear, parse, value
+from opd.signals import Score, Token
 from opd.types import Judge, Says
 
 RKL = Divergence("reverse_kl")

@@ -9,7 +9,7 @@ from test_head import Largest
 from torch import nn
 
 from opd.anchors import old
-from opd.batch import Dense, Score, Token, Total, pack
+from opd.batch import Total, pack
 from opd.credits import log_ratio, reward
 from opd.errors import CheckFailedError, OpdError, UsageError
 from opd.head import token_logp
@@ -17,6 +17,7 @@ from opd.loss import Divergence, k3, match, nll, push
 from opd.math import divergence as D
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.model import CausalModel, adapter, base, load, probe_head, trained
+from opd.signals import Dense, Score, Token
 from opd.student import Optim, Student, guarded_step
 from opd.types import Rollout, Turn
 

@@ -45,7 +45,7 @@ run: {seed: null, threads: 0}
     expected = [
         "r.yaml:1: `student.lora` is 'yes'; it must be a whole number",
         "r.yaml:1: `student.modle` is not a key (set to 'x'). Did you mean `student.model`?",
-        "r.yaml:2: `teachers.teacher` lives in one place: one of model, answers, url, cache. Found model and answers.",
+        "r.yaml:2: `teachers.teacher` lives in one place: one of model, stage, answers, url, cache.",
         "r.yaml:2: `teachers.critic` cannot be configured: the critic learns",
         "r.yaml:2: `teachers.t.url` is an endpoint, and teachers are not asked over the network yet.",
         "r.yaml:3: `data.train.0.weight` is -1; it must be above 0 (how often",

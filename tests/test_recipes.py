@@ -10,8 +10,8 @@ import torch
 
 import opd
 from opd import checkpoint
-from opd.assemble import legs
 from opd.errors import UsageError
+from opd.legs import legs
 from opd.method import catalogue
 from opd.recipe import load
 

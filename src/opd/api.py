@@ -35,7 +35,7 @@ class Loaded:
     @property
     def equations(self) -> dict[str, str]:
         """What each stage minimises, by its name. Raises `UsageError` where a method asks what the recipe lacks."""
-        from opd.assemble import legs
+        from opd.legs import legs
 
         return {leg.name: str(leg.method.loss) for leg in legs(self.recipe, self.base)}
 

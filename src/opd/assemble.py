@@ -1,135 +1,29 @@
-"""A recipe turned into what runs: methods bound to roles, then models, tokenizers, data and rewards."""
+"""A recipe turned into what runs: models, tokenizers, data and rewards."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import ceil
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from opd import data, method
+from opd import data, hints
 from opd.chat import Renderer, renderer, same_tokenizer
-from opd.engines.base import Sampling
 from opd.errors import UsageError
-from opd.loss import Objective
-from opd.method import Method, Setting, bind
+from opd.legs import Leg
+from opd.method import EXPERT
 from opd.mixture import Mixture
-from opd.recipe import Recipe, Stage
+from opd.recipe import Recipe
 from opd.types import Prompt, Says
+from opd.views import View, refuse_missing
 
 if TYPE_CHECKING:
+    from opd.cast import Load
     from opd.model import CausalModel
     from opd.rewards import Reward
     from opd.student import Optim
     from opd.teachers import Teachers
-
-
-@dataclass(frozen=True)
-class Leg:
-    """A stage that is ready to run: its method is bound."""
-
-    stage: Stage
-    method: Method
-    sampling: Sampling
-
-    @property
-    def name(self) -> str:
-        return self.stage.name or self.method.name
-
-    @property
-    def learns(self) -> bool:
-        """Whether the critic learns in this stage."""
-        return any(not learned.fixed for learned in self.method.loss.learned)
-
-    def steps(self, prompts: int) -> int:
-        """Length in steps, for a training set of this many prompts."""
-        if self.stage.steps is not None:
-            return self.stage.steps
-        return max(1, ceil((self.stage.epochs or 1.0) * prompts / self.stage.train.prompts - 1e-9))
-
-
-# --- what can be said without loading anything -----------------------------------------------------------------------
-
-
-def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
-    """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
-    roles = {role: Says.DENSE if t.model else Says.TEXT for role, t in recipe.teachers.items()}
-    found: list[Leg] = []
-    problems: list[str] = []
-    for stage in recipe.stages:
-        try:
-            built = method.build(stage.method.name, stage.method.args, folder)
-        except UsageError as error:
-            problems += error.problems
-            continue
-        if stage.critic.learn:
-            group = built.group if built.group > 1 else stage.critic.group
-            objective = Objective(recipe.critic.loss, good="teacher", bad="student")
-            built = built.with_critic(objective, group)
-        elif stage.critic.learn is False:
-            built = built.with_fixed_critic()
-            if built.loss.learned and not any(leg.learns for leg in found):
-                problems.append(
-                    f"stage `{stage.name}` leaves the critic as it is (critic.learn: false), and no stage before it "
-                    "teaches one: its scores would be those of a random head. Teach it in an earlier stage"
-                )
-        speak = stage.speak
-        sampling = Sampling(speak.max_tokens, speak.temperature, speak.top_p, speak.top_k, speak.min_p)
-        whole = Sampling(max_tokens=1)
-        kept = ("top_p", "top_k", "min_p")
-        cut = [f"{k} = {getattr(sampling, k)}" for k in kept if getattr(sampling, k) != getattr(whole, k)]
-        setting = Setting(roles, bool(recipe.reward), responses=True, truncated_sampling=", ".join(cut))
-        try:
-            bind(built, setting)
-        except UsageError as error:
-            problems += [f"stage `{stage.name or built.name}`: {p}" for p in error.problems]
-        found.append(Leg(stage, built, sampling))
-    if problems:
-        raise UsageError(*problems)
-    return tuple(found)
-
-
-def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
-    """plan.json: what will be optimised, in words and as the equation, per stage."""
-    needs = {str(j): s.name for leg in found for j, s in leg.method.needs.items()}
-    return {
-        "method": found[-1].method.name,
-        "objective_words": words(found[-1].method),
-        "equation": str(found[-1].method.loss),
-        "speaks": str(found[-1].method.speaks),
-        "student": recipe.student.model,
-        "teachers": {role: (t.model or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()},
-        "needs": needs,
-        "stages": [
-            {
-                "name": leg.name,
-                "method": leg.method.name,
-                "equation": str(leg.method.loss),
-                "words": words(leg.method),
-                "speaks": str(leg.method.speaks),
-                "group": leg.method.group,
-            }
-            for leg in found
-        ],
-        "reads": [],
-    }
-
-
-def words(built: Method) -> str:
-    """One sentence that says who speaks, who judges and what is learned."""
-    hears = {
-        Says.TEXT: "its text",
-        Says.TOKEN: "its log-probability of each token",
-        Says.DENSE: "its whole distribution at each token",
-        Says.SCORE: "its score of each answer",
-    }
-    judges = ", ".join(f"{judge} gives {hears[says]}" for judge, says in built.needs.items()) or "nobody judges"
-    reward = "; the task's reward is read" if "reward" in built.loss.reads else ""
-    return f"{built.speaks} speaks ({built.group} a prompt); {judges}{reward}."
-
-
-# --- models, data, rewards -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -145,30 +39,21 @@ class Parts:
     hashes: Mapping[str, str]
 
 
-def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) -> Parts:
-    """Load everything a recipe names. Raises `UsageError` for models that do not fit together and data that lacks."""
+def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, run: Path | None = None) -> Parts:
+    """Load everything a recipe names, but what can wait until it is asked. `run` is the run's folder, if there is one.
+
+    Raises `UsageError` for models that do not fit together and data that lacks.
+    """
     from opd import rewards as rewards_module
-    from opd.model import load
+    from opd import snapshot
+    from opd.cast import Cast
     from opd.teachers import Teachers
 
     wants: dict[str, Says] = {}
     for judge, says in ((j, s) for leg in found for j, s in leg.method.needs.items()):
         wants[judge.role] = max(says, wants.get(judge.role, Says.TEXT))
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.trust_remote_code)
-    source = model_path(recipe.student.model)
-    student = load(
-        source,
-        dtype=recipe.student.dtype,
-        device=device,
-        trust_remote_code=recipe.student.trust_remote_code,
-        drop_layers=recipe.student.drop_layers,
-        gradient_checkpointing=recipe.student.gradient_checkpointing,
-        lora=recipe.student.lora,
-        lora_alpha=recipe.student.lora_alpha,
-        lora_targets=recipe.student.lora_targets,
-    )
-    student = with_vocab(student, len(tokenizer))
-    student.name = recipe.student.model
+    student = _student(recipe.student, len(tokenizer), device)
     stop_ids = student.stop_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
     template = recipe.student.template
     if template not in ("auto", "plain"):
@@ -177,7 +62,11 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
 
     if recipe.critic.init != "student" and any(leg.learns for leg in found):
         _critic_fits(recipe, tokenizer)
-    models: dict[str, CausalModel] = {}
+    if recipe.hint is not None and recipe.hint.judge:
+        wants.setdefault(recipe.hint.judge, Says.TEXT)
+    if EXPERT in wants:
+        wants = {role: max(wants.get(role, Says.TEXT), wants[EXPERT]) for role in (*wants, *recipe.teachers)}
+    models: dict[str, Load] = {}
     voices: dict[str, Renderer] = {}
     answers: dict[str, dict[str, tuple[str, ...]]] = {}
     notes: list[str] = []
@@ -185,10 +74,15 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
         if role not in wants:
             notes.append(f"teacher `{role}` is not asked by any stage, and was not loaded")
         elif teacher.model:
-            models[role], voices[role] = _teacher(role, teacher, tokenizer, student, device, wants[role])
+            voices[role], models[role] = _teacher(role, teacher, tokenizer, student, device, wants[role])
+        elif teacher.stage:
+            assert run is not None, "a teacher that is a stage of the run, without a run"
+            models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
         elif teacher.answers:
             answers[role] = data.answers(local(teacher.answers, folder))
     mixture, dev, read = _data(recipe, folder, voice, found, student)
+    views = {name: View(name, text, folder) for name, text in recipe.views.model_dump().items()}
+    _judges_see(views, mixture, found, models)
     notes += read
     for role, recorded in answers.items():
         if any(role in leg.method.speaks.names or leg.method.loss.learned for leg in found):
@@ -196,7 +90,11 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
     teachers = Teachers(
         renderer=voice,
         student=student,
-        models=models,
+        models=Cast(models, frozenset(r for r, t in recipe.teachers.items() if t.resident)),
+        views=views,
+        came_next=None if recipe.hint is None else hints.rule(recipe.hint.use, folder),
+        hint_judge=(recipe.hint.judge, recipe.hint.votes) if recipe.hint and recipe.hint.judge else None,
+        disk=run / "carried" if run is not None and recipe.run.carry == "disk" else None,
         answers=answers,
         voices=voices,
         sampling=replace(found[0].sampling, temperature=1.0),
@@ -209,6 +107,23 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str) ->
     hashes = {"template": voice.fingerprint, "data.train": data.content(mixture_prompts(mixture))}
     hashes |= {"data.dev": data.content(dev)} if dev else {}
     return Parts(student, teachers, mixture, dev, scorers, tuple(notes), hashes)
+
+
+def _student(own: Any, vocab: int, device: str) -> CausalModel:
+    from opd.model import load
+
+    model = load(
+        model_path(own.model),
+        dtype=own.dtype,
+        device=device,
+        trust_remote_code=own.trust_remote_code,
+        drop_layers=own.drop_layers,
+        gradient_checkpointing=own.gradient_checkpointing,
+        lora=own.lora,
+        lora_alpha=own.lora_alpha,
+        lora_targets=own.lora_targets,
+    )
+    return replace(with_vocab(model, vocab), name=own.model)
 
 
 def device_of(recipe: Recipe) -> str:
@@ -262,7 +177,8 @@ def _critic_fits(recipe: Recipe, tokenizer: Any) -> None:
 
 def _teacher(
     role: str, teacher: Any, tokenizer: Any, student: CausalModel, device: str, says: Says
-) -> tuple[CausalModel, Renderer]:
+) -> tuple[Renderer, Load]:
+    """How a teacher's texts are rendered, and how its model is loaded: at once if it stays, else when it is asked."""
     from opd.model import load
 
     own = load_tokenizer(teacher.model, teacher.trust_remote_code)
@@ -272,12 +188,16 @@ def _teacher(
             "method compares their probabilities token by token. Use a teacher of the student's family, or a method "
             "that reads text alone: gad, seqkd"
         )
-    source = model_path(teacher.model)
-    loaded = load(source, dtype=teacher.dtype, device=device, trust_remote_code=teacher.trust_remote_code, frozen=True)
-    stops = loaded.stop_ids or ((own.eos_token_id,) if own.eos_token_id is not None else ())
-    loaded = with_vocab(loaded, student.head.vocab if says in (Says.TOKEN, Says.DENSE) else len(own))
-    loaded.name = role
-    return loaded, renderer(own, stop_ids=stops)
+    vocab = student.head.vocab if says in (Says.TOKEN, Says.DENSE) else len(own)
+
+    def fetch() -> CausalModel:
+        source, trust = model_path(teacher.model), teacher.trust_remote_code
+        model = load(source, dtype=teacher.dtype, device=device, trust_remote_code=trust, frozen=True)
+        return replace(with_vocab(model, vocab), name=role)
+
+    first = fetch()
+    stops = first.stop_ids or ((own.eos_token_id,) if own.eos_token_id is not None else ())
+    return renderer(own, stop_ids=stops), (lambda: first) if teacher.resident else fetch
 
 
 def _data(
@@ -327,6 +247,21 @@ def _data(
     if shared:
         notes.append(f"{len(shared)} prompts stand in data.train and in data.dev: they measure memory, not learning")
     return mixture, tuple(dev[: recipe.eval.prompts]), notes
+
+
+def _judges_see(views: Mapping[str, View], mixture: Mixture, found: Sequence[Leg], models: Mapping[str, Load]) -> None:
+    """Refuse prompts that a judge has no view of, or whose domain no teacher is named after."""
+    prompts = mixture_prompts(mixture)
+    asked = {judge for leg in found for judge, says in leg.method.needs.items() if says is not Says.TEXT}
+    for name in sorted({judge.view for judge in asked} & views.keys()):
+        refuse_missing(views[name], prompts, "data.train")
+    lacking = sorted({p.domain for p in prompts} - models.keys())
+    if lacking and any(judge.role == EXPERT for judge in asked):
+        raise UsageError(
+            f"each prompt is judged by the teacher that is named after its domain, and there is none for the domains "
+            f"{', '.join(repr(d) for d in lacking)} (teachers: {', '.join(models)}): name a teacher after each domain, "
+            "and give each source of data.train its `domain`"
+        )
 
 
 def optim(update: Any) -> Optim:

@@ -14,48 +14,11 @@ from torch import Tensor
 
 from opd.errors import OpdError
 from opd.expression import Expression
-from opd.head import Head, token_logp
+from opd.gates import Heard
 from opd.loss import Loss
 from opd.schedule import value
+from opd.signals import Score, Signal, Token
 from opd.types import Judge, Rollout
-
-
-@dataclass(frozen=True)
-class Token:
-    """A judge's log-probability of every loss token."""
-
-    logp_N: Tensor
-
-    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Token:
-        return Token(self.logp_N[at_N])
-
-
-@dataclass(frozen=True)
-class Dense:
-    """A judge's distribution, carried exactly as hidden states and a head; logits are made where they are read."""
-
-    hidden_NH: Tensor
-    head: Head
-
-    def logits(self, at: Tensor | slice) -> Tensor:
-        with torch.no_grad():
-            return self.head.logits(self.hidden_NH[at])
-
-    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Dense:
-        return Dense(self.hidden_NH[at_N], self.head)
-
-
-@dataclass(frozen=True)
-class Score:
-    """A critic's number for every row."""
-
-    value_B: Tensor
-
-    def rows(self, _at_N: Tensor, rows_B: Tensor) -> Score:
-        return Score(self.value_B[rows_B])
-
-
-Signal = Token | Dense | Score
 
 
 @dataclass(frozen=True)
@@ -86,10 +49,18 @@ class Batch:
         signal = self.signals[judge]
         if isinstance(signal, Token):
             return signal.logp_N
-        assert isinstance(signal, Dense), f"{judge} gave a score, not log-probabilities"
+        assert not isinstance(signal, Score), f"{judge} gave a score, not log-probabilities"
         if judge not in self.logp_cache:
-            self.logp_cache[judge] = token_logp(signal.head, signal.hidden_NH, self.token_N, self.temperature)
+            self.logp_cache[judge] = signal.logp(self.token_N, self.temperature)
         return self.logp_cache[judge]
+
+    def heard(self, judge: Judge) -> Tensor:
+        """[N] 1 where the judge had something to look at."""
+        signal = self.signals[judge]
+        assert not isinstance(signal, Score)
+        if signal.heard_N is None:
+            return torch.ones_like(self.behaviour_N)
+        return signal.heard_N.to(self.behaviour_N.dtype)
 
     def rows(self, keep: Sequence[int]) -> Batch:
         """The batch of some rows, in the order given. Groups keep their numbers."""
@@ -195,6 +166,9 @@ class WholeScope:
     def judged(self, judge: Judge) -> Tensor:
         return self.batch.judged(judge)
 
+    def heard(self, judge: Judge) -> Tensor:
+        return self.batch.heard(judge)
+
     def scored(self, judge: Judge) -> Tensor:
         signal = self.batch.signals[judge]
         assert isinstance(signal, Score)
@@ -242,9 +216,15 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
                 read[f"[{wide}]"] = columns[wide]
         if "behaviour" in term.reads:
             read["the log-probability they were sampled with"] = batch.behaviour_N
+        silence = {e.judge for outer in term.expressions for e in outer.every() if isinstance(e, Heard)}
         for judge in term.needs:
-            if isinstance(signal := batch.signals.get(judge), Token):
-                read[f"the log-probability of `{judge}`"] = signal.logp_N
+            signal = batch.signals.get(judge)
+            if signal is None or isinstance(signal, Score):
+                continue
+            known_N = signal.logp_N if isinstance(signal, Token) else batch.behaviour_N.new_zeros(len(own_N))
+            if signal.heard_N is not None:  # the term says what it does there, or a hole is a hole
+                known_N = known_N.masked_fill(~signal.heard_N, 0.0 if judge in silence else float("nan"))
+            read[f"the log-probability of `{judge}`"] = known_N
         for what, column_N in read.items():
             missing = int((~column_N.isfinite() & (own_N > 0)).sum())
             if missing:

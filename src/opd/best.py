@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from opd import checkpoint, state
+from opd import checkpoint
 from opd.diagnose import fallen
 from opd.errors import UsageError
 from opd.eval import LOWER_IS_BETTER
+from opd.snapshot import load_weights
 from opd.state import Run
 
 
@@ -74,6 +75,6 @@ def take(run: Run) -> None:
         run.folder.event(at.step, "warning", message, "lower train.lr, train longer, or look at the samples")
     place = checkpoint.complete(run.folder.checkpoints).get(at.best_step)
     if at.best_step != at.step and place is not None:
-        state.load_weights(run.student.model.module, checkpoint.load(place)[0]["student"], str(place))
+        load_weights(run.student.model.module, checkpoint.load(place)[0]["student"], str(place))
         at.after = at.best
         run.folder.event(at.step, "best", f"ends with the weights of step {at.best_step}, the best evaluated")

@@ -162,7 +162,7 @@ def check(
         _json(recipe.schema())
         return
     resolved, base = _resolved(recipes or [])
-    from opd.assemble import legs, plan
+    from opd.legs import legs, plan
 
     planned = plan(resolved.recipe, legs(resolved.recipe, base))
     if as_json:

@@ -65,6 +65,23 @@ class Reward(Expression):
 
 
 @dataclass(frozen=True)
+class Outcome(Expression):
+    """A rollout's reward as it is, for every token of it: no group, no baseline."""
+
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        return scope.reward[scope.row]
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"reward"})
+
+    def __str__(self) -> str:
+        return "reward"
+
+
+@dataclass(frozen=True)
 class Discounted(Expression):
     """sum_k gamma^k credit_{t+k}, the token itself included."""
 
@@ -88,6 +105,11 @@ def log_ratio(judge: Judge, against: Against = "live") -> Expression:
 def reward(judge: Judge | None = None, *, std: bool = False, min_std: float = 0.0) -> Expression:
     """Group-centred reward from the task's verifier, or from a critic."""
     return Reward(judge, std, min_std)
+
+
+def outcome() -> Expression:
+    """The reward itself, not compared with its group: for rewards whose sign means something, such as +1 and -1."""
+    return Outcome()
 
 
 def discounted(credit: Expression, gamma: float) -> Expression:

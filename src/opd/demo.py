@@ -135,8 +135,9 @@ def fresh(into: Path) -> Path:
 
 def ceiling(into: Path, quick: bool) -> dict[str, float]:
     """The teacher's own accuracy on the same prompts."""
-    from opd.assemble import assemble, legs
+    from opd.assemble import assemble
     from opd.eval import evaluate
+    from opd.legs import legs
 
     chosen = recipe_of(WAYS[-1], into, quick, 60 if quick else 200)
     found = legs(chosen)

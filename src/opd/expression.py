@@ -52,6 +52,9 @@ class Scope(Protocol):
     def judged(self, judge: Judge) -> Tensor:
         """[N] the judge's log-probability of the sampled token."""
 
+    def heard(self, judge: Judge) -> Tensor:
+        """[N] 1 where the judge had something to look at, 0 where its view does not exist."""
+
     def column(self, expression: Expression) -> Tensor:
         """[N] a wide expression, already evaluated."""
 
@@ -126,6 +129,10 @@ class Expression:
     def __add__(self, other: Expression) -> Expression:
         return self if isinstance(other, Zero) else Sum(self, other)
 
+    def where(self, gate: Expression) -> Expression:
+        """The expression times a gate, and exactly 0 where the gate is 0, whatever it would be there."""
+        return self if isinstance(self, Zero) else Gated(gate, self)
+
     def __rmul__(self, factor: Coefficient) -> Expression:
         """Scale; a factor of 0 removes the expression and with it what it would have asked."""
         return Zero() if factor == 0 else Scaled(factor, self)
@@ -174,6 +181,22 @@ class Scaled(Expression):
     def __str__(self) -> str:
         factor = str(self.factor) if isinstance(self.factor, Schedule) else f"{self.factor:g}"
         return f"{factor} ({self.inner})"
+
+
+@dataclass(frozen=True)
+class Gated(Expression):
+    """gate * inner, and 0 where the gate is 0 even if inner is not a number there."""
+
+    gate: Expression
+    inner: Expression
+    parts = ("gate", "inner")
+
+    def at(self, scope: Scope) -> Tensor:
+        gate_N = self.gate.value(scope)
+        return gate_N * self.inner.value(scope).masked_fill(gate_N == 0, 0.0)
+
+    def __str__(self) -> str:
+        return f"{self.gate} ({self.inner})"
 
 
 def union(many: Iterable[Needs]) -> dict[Judge, Says]:

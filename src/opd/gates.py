@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from opd import math
 from opd.expression import Expression, Scope
+from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,28 @@ class Band(Expression):
 
     def __str__(self) -> str:
         return f"band(π_old/μ, {self.low:g}, {self.high:g})"
+
+
+@dataclass(frozen=True)
+class Heard(Expression):
+    """1 where the judge's view exists (there is a hint, an answer, a context), 0 where the judge has nothing to see."""
+
+    judge: Judge
+
+    def at(self, scope: Scope) -> Tensor:
+        return scope.heard(self.judge)
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.TOKEN}
+
+    def __str__(self) -> str:
+        return f"[{self.judge} heard]"
+
+
+def heard(judge: Judge) -> Expression:
+    """Says what a loss does where a judge has nothing to look at: nothing. Without it such rows are refused."""
+    return Heard(judge)
 
 
 def band(low: float, high: float) -> Expression:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module, util
 from math import floor
 from pathlib import Path
@@ -28,9 +28,12 @@ NotNegative = Annotated[float, Ge(0)]
 Group = Annotated[int, Ge(1)]
 Clip = tuple[NotNegative, NotNegative] | None
 
+VIEWS = ("same", "answer", "demonstration", "context", "hint")  # what a judge may see: `opd.views`
+
 __all__ = ["Clip", "Coefficient", "Group", "Method", "NotNegative", "Positive", "Share", "Speakers"]
 
 CRITIC = Judge("critic")
+EXPERT = "expert"  # the role of the teacher that is named after the domain of the prompt
 REFERENCE = Judge("reference")
 TEACHER = Judge("teacher")
 
@@ -94,6 +97,7 @@ class Method:
     group: int = 1
     goal: Literal["teacher", "reward", "text"] = "teacher"
     name: str = ""
+    ema: float | None = None  # how much of the judge `ema`, a running mean of the student, stays at each step
 
     @property
     def needs(self) -> dict[Judge, Says]:
@@ -195,16 +199,20 @@ class Setting:
     roles: Mapping[str, Says]
     reward: bool = False
     responses: bool = False
+    views: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(VIEWS, ""))  # name: what it still lacks
     truncated_sampling: str = ""  # e.g. "top_p = 0.9", when the sampled distribution is not the whole one
 
 
 def bind(method: Method, setting: Setting) -> None:
     """Refuse in a sentence each what cannot work, before any model loads. Raises `UsageError` with all problems."""
     name, problems = method.name or "this method", []
-    gives = {"student": Says.DENSE, "reference": Says.DENSE, "critic": Says.SCORE, **setting.roles}
+    own = dict.fromkeys(("student", "reference", "ema"), Says.DENSE)
+    gives = {**own, "critic": Says.SCORE, **setting.roles}
     for judge, says in method.needs.items():
-        if judge.view != "same":
-            problems.append(f"{name} lets `{judge.role}` see `{judge.view}`, and judges see the same prompt, so far")
+        if judge.view not in setting.views:
+            problems.append(f"{name} lets `{judge.role}` see `{judge.view}`; views are {', '.join(setting.views)}")
+        elif lacks := setting.views[judge.view]:
+            problems.append(f"{name} lets `{judge.role}` see `{judge.view}`, and {lacks}")
         if judge.role not in gives:
             problems.append(
                 f"{name} needs a judge `{judge.role}`, and the recipe has none: add it under `teachers:` "

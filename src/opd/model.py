@@ -366,6 +366,13 @@ def copy_adapter(module: nn.Module, source: str, name: str) -> str:
     return name
 
 
+def parameters(model: CausalModel) -> int:
+    """Parameters that work on each token: embedding look-ups are free, the output head counts."""
+    table = base(model.module).get_input_embeddings()
+    embeddings = 0 if table is None else table.weight.numel()
+    return sum(p.numel() for p in model.backbone.parameters()) - int(embeddings) + model.head.weight.numel()
+
+
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Parameters that learn, by name."""
     return ((n, p) for n, p in module.named_parameters() if p.requires_grad)

@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from opd import math, recipe
-from opd.assemble import Leg, Parts, model_path
-from opd.batch import Batch, Dense, Score, Token
+from opd.assemble import Parts, model_path
+from opd.batch import Batch
 from opd.chat import Renderer
 from opd.credits import Reward
 from opd.critic import Critic
+from opd.legs import Leg
 from opd.lock import lock
 from opd.log import RunFolder, full_disk, json_line
-from opd.method import CRITIC, Method
+from opd.method import CRITIC, EXPERT, Method
 from opd.metrics import length_only_accuracy
-from opd.model import CausalModel, adapter
-from opd.model import base as parts_of
+from opd.model import CausalModel, adapter, parameters
+from opd.signals import Distribution, Score, Token
 from opd.teachers import Teachers
 from opd.types import Rollout, Says
 
@@ -81,6 +82,9 @@ def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[st
         for name in sorted({n for r in students for n in r.rewards}):
             given_it = [r.rewards[name] for r in students if name in r.rewards]
             out[f"reward/{name}"] = sum(given_it) / len(given_it)
+    for judge, said in batch.signals.items():
+        if not isinstance(said, Score) and judge.view != "same":
+            out[f"view/{judge.view}_missing_share"] = 1 - float(batch.heard(judge).mean())
     signal = batch.signals.get(CRITIC)
     if isinstance(signal, Score):
         out |= _spread("score", signal.value_B, batch, _min_std(method))
@@ -134,7 +138,9 @@ def samples(chosen: recipe.Recipe, teachers: Teachers, leg: Leg, batch: Batch, s
     role = next((j.role for j, s in leg.method.needs.items() if s is Says.TEXT), None)
     texts = teachers.texts(role, (r.prompt for r in part.rollouts)) if role else {}
     score = part.signals.get(CRITIC)
-    judge = next((j for j, s in part.signals.items() if isinstance(s, (Token, Dense)) and j.role != "reference"), None)
+    judge = next(
+        (j for j, s in part.signals.items() if isinstance(s, Token | Distribution) and j.role != "reference"), None
+    )
     gap_N = part.behaviour_N - part.judged(judge) if judge else None
     teacher_score: dict[str, float] = {}
     if isinstance(score, Score) and teachers.critic is not None:
@@ -176,27 +182,27 @@ def flops(
     Embedding look-ups are free; the output head counts. Attention's own products are left out.
     """
     students = [r for r in batch.rollouts if r.speaker == "student"]
-    own = _size(student)
+    own = parameters(student)
     total = 2 * own * _length(students)
     if learning:
         total += 6 * own * _length(_counted(batch, method))
     for judge, says in method.needs.items():
         if says in (Says.TOKEN, Says.DENSE):
-            total += 2 * _size(teachers.model(judge.role)) * _length(batch.rollouts)
+            total += 2 * _asked(teachers, judge.role, batch)
     if critic is not None and method.loss.learned:
         per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
-        total += per_token * _size(critic.model) * _length(students) * (1 + 1 / max(1, method.group))
+        total += per_token * parameters(critic.model) * _length(students) * (1 + 1 / max(1, method.group))
     return total
+
+
+def _asked(teachers: Teachers, role: str, batch: Batch) -> float:
+    """Parameters times tokens of a judge's forward passes: each row by the model that it is for."""
+    whose = [r.prompt.domain if role == EXPERT else role for r in batch.rollouts]
+    return float(sum(teachers.size(w) * len(r.tokens) for w, r in zip(whose, batch.rollouts, strict=True)))
 
 
 def _length(rows: Sequence[Rollout]) -> float:
     return float(sum(len(r.tokens) for r in rows))
-
-
-def _size(model: CausalModel) -> int:
-    table = parts_of(model.module).get_input_embeddings()
-    embeddings = 0 if table is None else table.weight.numel()
-    return sum(p.numel() for p in model.backbone.parameters()) - int(embeddings) + model.head.weight.numel()
 
 
 def keep_rollouts(folder: RunFolder, step: int, rollouts: Sequence[Rollout]) -> Path:

@@ -41,7 +41,7 @@ def start(
     assert resolved is not None and base is not None
     chosen = resolved.recipe
     origin = forked(fork) if fork else None
-    from opd.assemble import legs
+    from opd.legs import legs
 
     legs(chosen, base)  # what cannot work is refused before torch is loaded
     from opd.train import train
@@ -109,7 +109,8 @@ def measure(place: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 
 
 def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]:
-    from opd.assemble import assemble, device_of, legs
+    from opd.assemble import assemble, device_of
+    from opd.legs import legs
     from opd.types import Says
 
     found = legs(chosen, base)  # what cannot work is refused before torch is loaded

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 
 from opd import checkpoint
-from opd.assemble import Leg, Parts, model_path, optim
+from opd.assemble import Parts, model_path, optim
 from opd.critic import Critic, beside
 from opd.diagnose import Watchdog
-from opd.errors import OpdError, UsageError
+from opd.errors import OpdError
+from opd.legs import Leg
 from opd.lock import differences
 from opd.log import RunFolder, read
 from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
+from opd.snapshot import load_weights
 from opd.student import Optim, Student
 
 Watch = Callable[[str, Mapping[str, Any]], None]
@@ -105,6 +107,8 @@ def save(run: Run) -> None:
     reference = run.parts.teachers.reference
     if reference is not None:
         tensors["reference"] = _own_weights(reference)
+    if run.parts.teachers.ema is not None:
+        tensors["ema"] = _own_weights(run.parts.teachers.ema)
     state = {"progress": asdict(at), "offsets": run.folder.offsets()}
     protect = set() if at.best_step is None else {at.best_step}
     checkpoint.save(run.folder.checkpoints, at.step, tensors, state, keep=run.recipe.run.keep, protect=protect)
@@ -152,9 +156,11 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
     run.student.version = run.at.version
     run.student.fresh_optimizer(optim(run.leg.stage.train))
     checkpoint.restore_optimizer(run.student.optimizer, dict(trained(module)), tensors["student_optimizer"])
-    if "reference" in tensors:
-        teachers.reference = run.student.model.frozen_copy("reference")
-        load_weights(teachers.reference.module, tensors["reference"], place, whole=False)
+    for role in ("reference", "ema"):
+        if role in tensors:
+            copy = run.student.model.frozen_copy(role)
+            load_weights(copy.module, tensors[role], place, whole=False)
+            setattr(teachers, role, copy)
     if "critic" in tensors:
         run.critic = teachers.critic = new_critic(run)
         with run.critic.entered():
@@ -176,30 +182,6 @@ def begin_from(run: Run, origin: Path) -> None:
     """Take the student's weights from a checkpoint of another run."""
     load_weights(run.student.model.module, checkpoint.load(origin)[0]["student"], str(origin))
     run.folder.event(0, "note", f"began with the student of {origin}")
-
-
-def load_weights(module: torch.nn.Module, weights: Weights, place: str, whole: bool = True) -> None:
-    """Copy weights by name into a module; with `whole`, all that learns in it must be among them.
-
-    Raises `UsageError`, before anything is changed, for names or shapes that are not the module's.
-    """
-    own = dict(module.named_parameters())
-    lacking = [name for name, _ in trained(module) if name not in weights] if whole else []
-    strange = [name for name in weights if name not in own]
-    shapes = [
-        f"{name} is {tuple(w.shape)} there and {tuple(own[name].shape)} here"
-        for name, w in weights.items()
-        if name in own and own[name].shape != w.shape
-    ]
-    if lacking or strange or shapes:
-        first = (shapes or [f"{(strange or lacking)[0]} is only {'there' if strange else 'here'}"])[0]
-        raise UsageError(
-            f"{place} holds another model than the recipe's: {len(lacking) + len(strange) + len(shapes)} weights do "
-            f"not fit; {first}. Use the same student.model, student.lora and student.drop_layers"
-        )
-    with torch.no_grad():
-        for name, weight in weights.items():
-            own[name].copy_(weight)
 
 
 def new_critic(run: Run) -> Critic:

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from opd import math
-from opd.batch import Batch, Dense, Prepared, Token, Total, needs_pass, prepare
+from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
 from opd.expression import Expression
 from opd.head import TILE, tiled_loss, token_logp
 from opd.loss import Loss, Match, Push
 from opd.model import CausalModel, flat_index, micro_batches, trained
+from opd.signals import Distribution, Token
 from opd.types import Judge
 
 
@@ -42,7 +43,7 @@ class TileScope:
         key = (judge, temperature)
         if key not in self._judges:
             signal = self.batch.signals[judge]
-            assert isinstance(signal, Dense)
+            assert isinstance(signal, Distribution)
             z_nV = signal.logits(self.at).to(self.logits_nV.dtype)
             self._judges[key] = (z_nV if temperature == 1 else z_nV / temperature).log_softmax(-1)
         return self._judges[key]
@@ -68,9 +69,12 @@ class TileScope:
 
     def judged(self, judge: Judge) -> Tensor:
         signal = self.batch.signals[judge]
-        if isinstance(signal, Dense):
+        if isinstance(signal, Distribution):
             return self._token(self.distribution(judge, self.batch.temperature))
         return _filled(self.batch.judged(judge)[self.at])
+
+    def heard(self, judge: Judge) -> Tensor:
+        return self.batch.heard(judge)[self.at]
 
     def column(self, expression: Expression) -> Tensor:
         return _filled(self.prepared.columns[expression][self.at])
@@ -122,7 +126,7 @@ def _diagnose(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, T
     _add(sums, "count", on_n.sum())
     _add(sums, "entropy/student_nats", math.divergence.entropy(tile.student(1.0))[on_n].sum())
     for judge, signal in tile.batch.signals.items():
-        if isinstance(signal, Dense) and any(isinstance(t.head, Match) for t in loss.token_terms):
+        if isinstance(signal, Distribution) and any(isinstance(t.head, Match) for t in loss.token_terms):
             s, t = tile.student(1.0)[on_n], tile.distribution(judge, 1.0)[on_n]
             _add(sums, "kl/reverse_nats", math.divergence.reverse_kl(s, t).sum())
             _add(sums, "kl/forward_nats", math.divergence.forward_kl(s, t).sum())

@@ -7,19 +7,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from opd.batch import Batch, Dense, Score, Signal, Token
+from opd.batch import Batch
+from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critic, Pairs, pair_up
 from opd.engines.base import Sampling, Spoken
 from opd.engines.local import generate
 from opd.errors import UsageError
 from opd.head import token_logp
-from opd.model import CausalModel, adapter
+from opd.hints import Next, with_hints
+from opd.method import EXPERT
+from opd.model import CausalModel, adapter, flat_index, parameters
+from opd.signals import Dense, Experts, Score, Shelf, Signal, Token
 from opd.types import Judge, Needs, Prompt, Rollout, Says
+from opd.views import SAME, View, reread
 
 
 @dataclass
@@ -32,6 +39,11 @@ class Teachers:
     answers: Mapping[str, Mapping[str, tuple[str, ...]]] = field(default_factory=dict)
     voices: Mapping[str, Renderer] = field(default_factory=dict)  # of teachers with tokenizers of their own
     reference: CausalModel | None = None
+    ema: CausalModel | None = None
+    views: Mapping[str, View] = field(default_factory=dict)
+    came_next: Next | None = None  # what follows an answer, for the view `hint`
+    hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
+    disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
     critic: Critic | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
     seed: int = 0
@@ -41,15 +53,21 @@ class Teachers:
     write_down: Callable[[str, str, str, bool], None] = lambda *_: None  # told of each answer of a model
     _said: dict[tuple[str, str], tuple[Rollout, ...]] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        self.cast = Cast.of(self.models)
+
     def model(self, role: str) -> CausalModel:
         """The model behind a role; `UsageError` where it is only text."""
-        if role == "student":
-            return self.student
-        if role == "reference" and self.reference is not None:
-            return self.reference
-        if role in self.models:
-            return self.models[role]
+        own = {"student": self.student, "reference": self.reference, "ema": self.ema}.get(role)
+        if own is not None:
+            return own
+        if role in self.cast:
+            return self.cast[role]
         raise UsageError(f"`{role}` is known by its text alone, and its probabilities were asked")
+
+    def size(self, role: str) -> int:
+        """Parameters of a role that work on each token, without loading a model that has left."""
+        return self.cast.size(role) if role in self.cast else parameters(self.model(role))
 
     # --- TEXT --------------------------------------------------------------------------------------------------------
 
@@ -62,7 +80,7 @@ class Teachers:
         """
         asked = {p.id: p for p in prompts}
         missing = [p for i, p in asked.items() if (role, i) not in self._said]
-        if role in self.models:
+        if role in self.cast:
             self._ask(role, [p for p in missing if (role, p.id) not in self.heard])
         for prompt in missing:
             self._said[role, prompt.id] = self._given(role, prompt)
@@ -72,14 +90,14 @@ class Teachers:
         """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
         given, limit = self.renderer.given, self.sampling.max_tokens
         recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
-        said = self.heard[role, prompt.id] if role in self.models else recorded
+        said = self.heard[role, prompt.id] if role in self.cast else recorded
         return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
     def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
         """Let a teacher's model answer prompts that it has not answered yet."""
         if not prompts:
             return
-        model, voice = self.models[role], self.voices.get(role, self.renderer)
+        model, voice = self.cast[role], self.voices.get(role, self.renderer)
         each = self.answers_each.get(role, 1)
         said = speak_with(model, voice, prompts, each, self.sampling, self.seed, 0, self.rows)
         for prompt, answers in zip(prompts, said, strict=True):
@@ -87,6 +105,20 @@ class Teachers:
             self.heard[role, prompt.id] = texts
             for text, finished in texts:
                 self.write_down(role, prompt.id, text, finished)
+
+    def look_back(self, rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
+        """The rollouts with the hints that what followed them gives."""
+        assert self.came_next is not None, "a view shows hints, and nothing says where they come from"
+        return with_hints(rollouts, self.came_next, partial(self._votes, step=step) if self.hint_judge else None)
+
+    def _votes(self, questions: Sequence[Prompt], step: int) -> list[list[str]]:
+        """The hint judge's answers to each question; the same question twice in a step is asked once."""
+        assert self.hint_judge is not None
+        role, votes = self.hint_judge
+        voice, distinct = self.voices.get(role, self.renderer), list({q.id: q for q in questions}.values())
+        said = speak_with(self.model(role), voice, distinct, votes, self.sampling, self.seed, step, self.rows)
+        text = {q.id: [voice.text(s.tokens) for s in each] for q, each in zip(distinct, said, strict=True)}
+        return [text[q.id] for q in questions]
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 
@@ -97,14 +129,65 @@ class Teachers:
             if says is Says.SCORE:
                 signals[judge] = Score(self.scores(batch))
             elif says is not Says.TEXT:
-                model = self.model(judge.role)
-                h_NH = model.all_hidden(batch)
-                if says is Says.DENSE:
-                    signals[judge] = Dense(h_NH, model.head)
-                else:
-                    with model.autocast():
-                        signals[judge] = Token(token_logp(model.head, h_NH, batch.token_N, batch.temperature))
+                signals[judge] = self._listen(judge, batch, says)
         return replace(batch, signals=signals)
+
+    def _listen(self, judge: Judge, batch: Batch, says: Says) -> Signal:
+        """One judge about every row that its view exists for, each row by the model that it is for."""
+        seen, shown_B = self._seen(batch, judge.view)
+        whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
+        rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}
+        everything = shown_B.all()
+        heard_N = None if everything else shown_B.to(batch.row_N.device)[batch.row_N]
+        if says is Says.TOKEN:
+            logp_N = torch.full_like(batch.behaviour_N, float("nan"))
+            for role, mine in rows.items():
+                model = self.model(role)
+                part = seen if len(mine) == len(whose) else seen.rows(mine)
+                h_MH = model.all_hidden(part)
+                with model.autocast():
+                    logp_M = token_logp(model.head, h_MH, part.token_N, batch.temperature)
+                logp_N[flat_index(batch, mine)] = logp_M.to(logp_N)
+            return Token(logp_N, heard_N)
+        if not shown_B.any():  # nobody has this view in this step: every gate on it is shut
+            own = self.student.head
+            return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
+        if judge.role != EXPERT and everything:
+            model = self.model(judge.role)
+            return Dense(model.all_hidden(seen), model.head)
+        return self._experts(seen, {r: m for r, m in rows.items() if m}, heard_N)
+
+    def _experts(self, seen: Batch, rows: Mapping[str, Sequence[int]], heard_N: Tensor | None) -> Experts:
+        """One judge after another over its own rows. A judge that is not kept leaves before the next one comes; its
+        hidden states and its head stay, in memory or on disk."""
+        judge_N, place_N = torch.zeros_like(seen.row_N), torch.zeros_like(seen.row_N)
+        hidden, heads = [], []
+        for number, (role, mine) in enumerate(rows.items()):
+            model, at_M = self.model(role), flat_index(seen, mine)
+            h_MH = model.all_hidden(seen.rows(mine))
+            judge_N[at_M] = number
+            place_N[at_M] = torch.arange(len(at_M), device=at_M.device)
+            hidden.append(carried(h_MH, self.disk))
+            heads.append(
+                model.head if role not in self.cast or role in self.cast.kept else carried_head(model.head, self.disk)
+            )
+        return Experts(judge_N, place_N, tuple(hidden), Shelf(heads, seen.row_N.device), heard_N)
+
+    def _seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
+        """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B]."""
+        shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
+        if name == SAME:
+            return batch, shown_B
+        view, rows = self.views[name], list(batch.rollouts)
+        for b, rollout in enumerate(batch.rollouts):
+            prompt = view.of(rollout.prompt, rollout.hint)
+            if prompt is None:
+                shown_B[b] = False
+            else:
+                rows[b] = reread(rollout, self.renderer.prompt_ids(prompt))
+        shift_B = torch.tensor([len(new.tokens) - len(r.tokens) for new, r in zip(rows, batch.rollouts, strict=True)])
+        position_N = batch.position_N + shift_B.to(batch.row_N.device)[batch.row_N]
+        return replace(batch, rollouts=tuple(rows), position_N=position_N), shown_B
 
     def scores(self, batch: Batch) -> Tensor:
         """[B] the critic's score of each student row; nan for rows of other speakers.

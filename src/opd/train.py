@@ -14,14 +14,15 @@ from typing import Any
 
 import torch
 
-from opd import best, record, state
+from opd import best, record, snapshot, state
 from opd import rewards as scoring
-from opd.assemble import Leg, assemble, device_of, legs, optim, plan
+from opd.assemble import assemble, device_of, optim
 from opd.batch import Batch, pack
 from opd.diagnose import Watchdog, paced, smoothed
 from opd.errors import OpdError
 from opd.eval import evaluate
 from opd.interrupt import Interrupt
+from opd.legs import Leg, legs, plan
 from opd.log import RunFolder
 from opd.recipe import Recipe
 from opd.speak import speak
@@ -89,7 +90,7 @@ def _open(
 ) -> Run:
     found = legs(recipe, base)
     device = device_of(recipe)
-    parts = assemble(recipe, found, base, device)
+    parts = assemble(recipe, found, base, device, folder.path)
     parts.teachers.write_down = folder.answer
     student = Student(parts.student, optim(found[0].stage.train))
     run = Run(recipe, found, parts, folder, student, None, Progress(), watch, Watchdog())
@@ -126,6 +127,7 @@ def _stages(run: Run, interrupt: Interrupt) -> tuple[str, str]:
         if at.evaluated == at.step and not ended:
             stop = stop or best.collapsed(run)
         if ended:
+            _keep_student(run, run.leg.name)
             at.leg, at.leg_step = at.leg + 1, 0
         if ended or better or stop or (every and at.step % every == 0 and at.step > saved):
             state.save(run)
@@ -147,11 +149,24 @@ def _due(run: Run) -> bool:
     return own.at_start if step == 0 else bool(own.every) and step % own.every == 0
 
 
+def _keep_student(run: Run, stage: str) -> None:
+    """Write the student down at the end of a stage (or as `initial`), if a stage or a teacher will be made of it."""
+    named = {leg.stage.start for leg in run.legs} | {t.stage for t in run.recipe.teachers.values()}
+    if stage in named:
+        snapshot.keep(run.student.model, snapshot.place(run.folder.path, stage))
+
+
 def _begin_stage(run: Run, steps: int) -> None:
     leg, teachers = run.leg, run.parts.teachers
+    if run.at.leg == 0:
+        _keep_student(run, snapshot.INITIAL)
+    if leg.stage.start != "previous":
+        snapshot.return_to(run.student.model, snapshot.place(run.folder.path, leg.stage.start))
     run.student.fresh_optimizer(optim(leg.stage.train))
     if any(j.role == "reference" for j in leg.method.needs):
         teachers.reference = run.student.model.frozen_copy("reference")
+    if leg.method.ema is not None:
+        teachers.ema = run.student.model.frozen_copy("ema")
     if leg.method.loss.learned and run.critic is None:
         run.critic = teachers.critic = state.new_critic(run)
     words = f"stage `{leg.name}`: {leg.method.loss}, {steps} steps"
@@ -190,6 +205,8 @@ def _one(run: Run, steps: int) -> str | None:
         rollouts = spoken
         if "reward" in leg.method.loss.reads:
             rollouts = [r for r in scoring.score(run.parts.rewards, spoken) if r.reward is not None]
+        if any(judge.view == "hint" for judge in leg.method.needs):
+            rollouts = teachers.look_back(rollouts, at.step)
         clock.append(time.perf_counter())
         model = run.student.model
         dtype = torch.float64 if model.compute == torch.float64 else torch.float32
@@ -233,7 +250,10 @@ def _speak(run: Run) -> list[Rollout]:
 
 
 def _learn(run: Run, batch: Batch, lr: float) -> dict[str, float]:
-    return {**run.student.update(batch, run.leg.method.loss, run.at.leg_step, lr), "lr/student": lr}
+    stats = run.student.update(batch, run.leg.method.loss, run.at.leg_step, lr)
+    if (mean := run.parts.teachers.ema) is not None and run.leg.method.ema is not None:
+        snapshot.move_mean(mean, run.student.model, run.leg.method.ema)
+    return {**stats, "lr/student": lr}
 
 
 def _teach_critic(run: Run, rollouts: Sequence[Rollout], *, behind: bool, ahead: bool) -> dict[str, float]:

@@ -102,6 +102,7 @@ class Rollout:
     sample: int = 0  # which of the prompt's samples this is
     rewards: Mapping[str, float] = field(default_factory=dict, hash=False, compare=False)
     reward: float | None = None
+    hint: str | None = None  # drawn from what followed the answer, for judges that look back
 
     @property
     def finish(self) -> Finish:

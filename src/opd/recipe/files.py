@@ -24,6 +24,8 @@ _KINDS: Final[dict[Place, str]] = {
     ("data", "dev", "*", "path"): "data",
     ("stages", "*", "method", "name"): "code",
     ("reward", "*", "use"): "code",
+    ("hint", "use"): "code",
+    **{("views", name): "code" for name in ("answer", "demonstration", "context", "hint")},
     ("eval", "metric"): "code",
 }
 _WORDS: Final = {"template": ("auto", "plain"), "model": ("student",)}

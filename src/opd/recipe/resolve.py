@@ -223,6 +223,7 @@ def _written(recipe: Recipe) -> dict[str, Any]:
     """The recipe as plain data in the shape of the YAML: a stage has only what differs from the recipe's sections."""
     data: dict[str, Any] = recipe.model_dump(mode="json")
     data["teachers"] = {role: _given(teacher) for role, teacher in data["teachers"].items()}
+    data = {key: value for key, value in data.items() if value is not None}
     data["reward"] = [_inline(reward) for reward in data["reward"]]
     for stage in data["stages"]:
         stage["method"] = _inline(stage["method"])

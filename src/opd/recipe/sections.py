@@ -84,13 +84,15 @@ class Student(Section):
 
 
 class Teacher(Section):
-    """Where one role lives: exactly one of model, answers, url, cache."""
+    """Where one role lives: exactly one of model, stage, answers, url, cache."""
 
     model: str | None = says("a model that answers and scores: a Hugging Face id, a folder, or world:NAME", None)
+    stage: str | None = says("the student as it was at the end of this earlier stage, or `initial`", None)
     answers: str | None = says("a JSONL or parquet file of recorded answers: text only", None)
     url: str | None = says("an OpenAI-compatible endpoint", None)
     cache: str | None = says("a folder of recorded scores", None)
     samples: Count = says("answers that a model gives to each prompt, where its text is read", 1)
+    resident: bool = says("stays in memory; false: loaded when asked, and one such teacher at a time", True)
     licence: str | None = says("licence of what this teacher says, for the model card", None)
     dtype: Dtype = says("what the teacher computes in", "float32")
     trust_remote_code: bool = says("run Python code that comes with the model", False)
@@ -109,6 +111,31 @@ class Critic(Section):
     accuracy_band: Band | None = says(
         "accuracy [low, high]: below, the student waits for the critic; above, the critic rests", None
     )
+
+
+class Views(Section):
+    """What a judge reads in place of the student's last message. Fields in braces are that message (`{prompt}`), the
+    reference `{answer}`, the recorded `{response}`, the `{hint}`, or a column of the data; or ./file.py:function."""
+
+    answer: str = says(
+        "where a method's judge sees the answer",
+        "{prompt}\n\nA reference solution, for your eyes only:\n{answer}\n\n"
+        "Now answer the question above in your own words, step by step.",
+    )
+    demonstration: str = says(
+        "where it sees a recorded response",
+        "{prompt}\n\nAn example of a good response:\n{response}\n\nNow write your own response.",
+    )
+    context: str = says("where it sees a context that the student does without", "{context}\n\n{prompt}")
+    hint: str = says("where it sees a hint from the next turn", "{prompt}\n\n[user's hint / instruction]\n{hint}")
+
+
+class Hint(Section):
+    """What followed an answer, and the hint that is drawn from it."""
+
+    use: str = says("world: the rule of the built-in world; or ./file.py:name, from (prompt, answer) to text or None")
+    judge: str | None = says("a teacher that turns that text into a hint; null takes the text as the hint", None)
+    votes: Count = says("times the judge is asked; the longest hint counts", 1)
 
 
 class Source(Section):
@@ -205,6 +232,7 @@ class Stage(Section):
     """One method for some time. Weights and critic carry over; the reference is the student at its start."""
 
     name: str = says("what the stage is called in metrics and reports; the method's name unless given", "")
+    start: str = says("the student it begins with: previous, initial, or the name of an earlier stage", "previous")
     method: Method = says("the objective and its arguments")
     critic: StageCritic = says("what the critic does in this stage", StageCritic())
     steps: Count | None = says("length in steps; train.steps unless given", None)
@@ -239,6 +267,7 @@ class Run(Section):
     dir: str = says("folder of runs, from where the command runs", "runs")
     name: str | None = says("name of the run's folder; null makes one", None)
     threads: Count | None = says("CPU threads; null lets torch choose", None)
+    carry: Literal["memory", "disk"] = says("where hidden states of teachers that come in turn lie", "memory")
     sample_rows: Natural = says("rollouts written to samples.jsonl a step", 8)
     device: Literal["auto", "cpu", "cuda"] = says("where to compute", "auto")
 
@@ -256,6 +285,8 @@ class Recipe(Section):
     stages: Annotated[tuple[Stage, ...], Field(min_length=1)] = says(
         "one method after another; a recipe of one has `method: NAME` instead"
     )
+    views: Views = says("what judges read that the student does not", Views())
+    hint: Hint | None = says("where hints come from, for judges that look back", None)
     speak: Speak = says("how the student samples", Speak())
     train: Train = says("how a batch becomes an update, and for how long", Train())
     eval: Eval = says("when and how the student is measured", Eval())

@@ -19,10 +19,12 @@ _ROLE: Final = re.compile(r"[a-z][a-z0-9_-]*")
 _TAKEN: Final = {
     "student": "the student is the model under `student`",
     "reference": "the reference is the student as it was when the stage began",
+    "ema": "it is a running mean of the student",
+    "expert": "it stands for the teacher that is named after the domain of the prompt",
     "critic": "the critic learns, so it is configured in the section `critic`",
     "data": "`data` speaks what the prompts' files record",
 }
-_HOMES: Final = ("model", "answers", "url", "cache")
+_HOMES: Final = ("model", "stage", "answers", "url", "cache")
 _LATER: Final = {
     "url": "is an endpoint, and teachers are not asked over the network yet. Record answers in a file: `answers`.",
     "cache": "is a folder of scores, and recorded scores are not read yet. Give the teacher as `model`.",
@@ -45,6 +47,7 @@ def settle(tree: Node) -> tuple[Node, list[Problem]]:
         root["stages"] = replace(stages, value=[_stage(stage, train, speak, problems) for stage in stages.value])
         problems += _same_names(root["stages"])
         problems += _engines(root["stages"])
+        problems += _beginnings(root["stages"], root.get("teachers", Node({}, tree.origin)))
     if "data" in root and isinstance(root["data"].value, dict):
         kept = {k: v for k, v in root["data"].items.items() if k != "dev" or v.value is not None}
         root["data"] = replace(root["data"], value=kept)
@@ -92,6 +95,20 @@ def _same_names(stages: Node) -> Iterator[Problem]:
         seen.setdefault(name.value, name)
 
 
+def _beginnings(stages: Node, teachers: Node) -> Iterator[Problem]:
+    """A stage begins with the student of an earlier one, and a teacher is the student at the end of some stage."""
+    known = ["previous", "initial"]
+    for stage in stages.value if isinstance(stages.value, list) else ():
+        start = stage.items.get("start")
+        if start is not None and start.value not in known:
+            yield Problem(start.origin, f"is {start.value!r}, and no earlier stage is called so: {', '.join(known)}.")
+        known += [node.value for key, node in stage.items.items() if key == "name" and isinstance(node.value, str)]
+    for teacher in teachers.items.values():
+        home = teacher.items.get("stage")
+        if home is not None and home.value is not None and home.value not in known[1:]:
+            yield Problem(home.origin, f"is {home.value!r}, and no stage is called so: {', '.join(known[1:])}.")
+
+
 def _engines(stages: Node) -> Iterator[Problem]:
     for stage in stages.value if isinstance(stages.value, list) else ():
         engine = stage.items["speak"].items.get("engine") if "speak" in stage.items else None
@@ -110,9 +127,10 @@ def _teachers(teachers: Node) -> Iterator[Problem]:
         elif not _ROLE.fullmatch(role):
             yield Problem(teacher.origin, "is no role. Begin with a letter and use a to z, 0 to 9, - and _.")
         homes = [home for home in _HOMES if home in teacher.given]
+        listed = ", ".join(_HOMES)
         if isinstance(teacher.value, dict) and len(homes) != 1:
             found = " and ".join(homes) or "none"
-            yield Problem(teacher.origin, f"lives in one place: one of model, answers, url, cache. Found {found}.")
+            yield Problem(teacher.origin, f"lives in one place: one of {listed}. Found {found}.")
         for home in homes:
             if home in _LATER:
                 yield Problem(teacher.items[home].origin, _LATER[home])

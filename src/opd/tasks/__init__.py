@@ -102,5 +102,6 @@ def prompts(name: str, n: int, seed: int = 0, split: Split = "train") -> tuple[P
         if text not in found and split_of(text) == split:
             found[text] = chosen.answer(text, rng)
     return tuple(
-        Prompt((Message("user", text),), answer=answer, domain=chosen.domain) for text, answer in found.items()
+        Prompt((Message("user", text),), answer=answer, domain=chosen.domain, meta={"context": chosen.rules[0]})
+        for text, answer in found.items()
     )

@@ -1,0 +1,134 @@
+"""A recipe's stages with their methods, bound to what the recipe offers: all that is known before anything loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from opd import method
+from opd.engines.base import Sampling
+from opd.errors import UsageError
+from opd.loss import Objective
+from opd.method import EXPERT, VIEWS, Method, Setting, bind
+from opd.recipe import Recipe, Stage
+from opd.types import Says
+
+
+@dataclass(frozen=True)
+class Leg:
+    """A stage that is ready to run: its method is bound."""
+
+    stage: Stage
+    method: Method
+    sampling: Sampling
+
+    @property
+    def name(self) -> str:
+        return self.stage.name or self.method.name
+
+    @property
+    def learns(self) -> bool:
+        """Whether the critic learns in this stage."""
+        return any(not learned.fixed for learned in self.method.loss.learned)
+
+    def steps(self, prompts: int) -> int:
+        """Length in steps, for a training set of this many prompts."""
+        if self.stage.steps is not None:
+            return self.stage.steps
+        return max(1, ceil((self.stage.epochs or 1.0) * prompts / self.stage.train.prompts - 1e-9))
+
+
+# --- what can be said without loading anything -----------------------------------------------------------------------
+
+
+def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
+    """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
+    roles = {role: Says.DENSE if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
+    if roles:
+        roles[EXPERT] = min(roles.values())
+    found: list[Leg] = []
+    problems: list[str] = []
+    for stage in recipe.stages:
+        try:
+            built = method.build(stage.method.name, stage.method.args, folder)
+        except UsageError as error:
+            problems += error.problems
+            continue
+        if stage.critic.learn:
+            group = built.group if built.group > 1 else stage.critic.group
+            objective = Objective(recipe.critic.loss, good="teacher", bad="student")
+            built = built.with_critic(objective, group)
+        elif stage.critic.learn is False:
+            built = built.with_fixed_critic()
+            if built.loss.learned and not any(leg.learns for leg in found):
+                problems.append(
+                    f"stage `{stage.name}` leaves the critic as it is (critic.learn: false), and no stage before it "
+                    "teaches one: its scores would be those of a random head. Teach it in an earlier stage"
+                )
+        speak = stage.speak
+        sampling = Sampling(speak.max_tokens, speak.temperature, speak.top_p, speak.top_k, speak.min_p)
+        whole = Sampling(max_tokens=1)
+        kept = ("top_p", "top_k", "min_p")
+        cut = [f"{k} = {getattr(sampling, k)}" for k in kept if getattr(sampling, k) != getattr(whole, k)]
+        views = dict.fromkeys(VIEWS, "")
+        if recipe.hint is None:
+            views["hint"] = "the recipe does not say where hints come from: add `hint: {use: world}` or your own"
+        setting = Setting(roles, bool(recipe.reward), responses=True, views=views, truncated_sampling=", ".join(cut))
+        try:
+            bind(built, setting)
+        except UsageError as error:
+            problems += [f"stage `{stage.name or built.name}`: {p}" for p in error.problems]
+        ended = {"initial", *(leg.name for leg in found)}
+        for role, teacher in recipe.teachers.items():
+            asked = {j.role for j in built.needs} & {role, EXPERT}
+            if teacher.stage and asked and teacher.stage not in ended:
+                problems.append(
+                    f"stage `{stage.name}` asks `{role}`, the student at the end of stage `{teacher.stage}`, which has "
+                    "not ended then: put that stage before it"
+                )
+        found.append(Leg(stage, built, sampling))
+    if problems:
+        raise UsageError(*problems)
+    return tuple(found)
+
+
+def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
+    """plan.json: what will be optimised, in words and as the equation, per stage."""
+    needs = {str(j): s.name for leg in found for j, s in leg.method.needs.items()}
+    return {
+        "method": found[-1].method.name,
+        "objective_words": words(found[-1].method),
+        "equation": str(found[-1].method.loss),
+        "speaks": str(found[-1].method.speaks),
+        "student": recipe.student.model,
+        "teachers": {role: (t.model or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()},
+        "needs": needs,
+        "stages": [
+            {
+                "name": leg.name,
+                "method": leg.method.name,
+                "equation": str(leg.method.loss),
+                "words": words(leg.method),
+                "speaks": str(leg.method.speaks),
+                "group": leg.method.group,
+            }
+            for leg in found
+        ],
+        "reads": [],
+    }
+
+
+def words(built: Method) -> str:
+    """One sentence that says who speaks, who judges and what is learned."""
+    hears = {
+        Says.TEXT: "its text",
+        Says.TOKEN: "its log-probability of each token",
+        Says.DENSE: "its whole distribution at each token",
+        Says.SCORE: "its score of each answer",
+    }
+    judges = ", ".join(f"{judge} gives {hears[says]}" for judge, says in built.needs.items()) or "nobody judges"
+    reward = "; the task's reward is read" if "reward" in built.loss.reads else ""
+    return f"{built.speaks} speaks ({built.group} a prompt); {judges}{reward}."

@@ -1,0 +1,122 @@
+"""Signals: what a judge said about the loss tokens of a batch. They hold no gradient.
+
+Shapes: N loss tokens, n of a tile, M of one judge's rows, B rows, V vocabulary, H a judge's width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from opd.head import Head, token_logp
+
+
+@dataclass(frozen=True)
+class Token:
+    """A judge's log-probability of every loss token; nan where it had nothing to look at (`heard_N` is False)."""
+
+    logp_N: Tensor
+    heard_N: Tensor | None = None  # None: everywhere
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Token:
+        return Token(self.logp_N[at_N], _some(self.heard_N, at_N))
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A judge's distribution, carried exactly as hidden states and a head; logits are made where they are read."""
+
+    hidden_NH: Tensor
+    head: Head
+    heard_N: Tensor | None = None
+
+    def logits(self, at: Tensor | slice) -> Tensor:
+        with torch.no_grad():
+            return self.head.logits(self.hidden_NH[at])
+
+    def logp(self, token_N: Tensor, temperature: float) -> Tensor:
+        """[N] of the sampled tokens."""
+        return token_logp(self.head, self.hidden_NH, token_N, temperature)
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Dense:
+        return Dense(self.hidden_NH[at_N], self.head, _some(self.heard_N, at_N))
+
+
+class Shelf:
+    """Output heads of several judges, kept where their weights lie. At most one is on the device that computes."""
+
+    def __init__(self, heads: Sequence[Head], device: torch.device) -> None:
+        self.heads, self.device = tuple(heads), device
+        self._taken: tuple[int, Head] | None = None
+
+    def take(self, number: int) -> Head:
+        """The head on the device; the one that was there before is let go first."""
+        if self._taken is None or self._taken[0] != number:
+            self._taken = None
+            head = self.heads[number]
+            bias = None if head.bias is None else head.bias.to(self.device)
+            self._taken = (number, replace(head, weight=head.weight.to(self.device), bias=bias))
+        return self._taken[1]
+
+
+@dataclass(frozen=True)
+class Experts:
+    """Distributions of several judges, each of its own rows (DeepSeek-V4): widths may differ, the vocabulary may not.
+
+    `judge_N` is who judges a token (its head's number on the shelf), `place_N` where among that judge's hidden states.
+    """
+
+    judge_N: Tensor
+    place_N: Tensor
+    hidden: tuple[Tensor, ...]
+    shelf: Shelf
+    heard_N: Tensor | None = None
+
+    def logits(self, at: Tensor | slice) -> Tensor:
+        judge_n, place_n = self.judge_N[at], self.place_N[at]
+        out_nV: Tensor | None = None
+        with torch.no_grad():
+            for number in judge_n.unique().tolist():  # type: ignore[no-untyped-call]
+                mine = judge_n == number
+                head = self.shelf.take(number)
+                z_mV = head.logits(self.hidden[number][place_n[mine]].to(head.weight.device))
+                if out_nV is None:
+                    out_nV = z_mV.new_zeros(len(judge_n), z_mV.shape[1])
+                out_nV[mine] = z_mV
+        assert out_nV is not None, "no token was asked for"
+        return out_nV
+
+    def logp(self, token_N: Tensor, temperature: float) -> Tensor:
+        """[N] of the sampled tokens."""
+        out_N = torch.zeros(len(token_N), dtype=self.hidden[0].dtype, device=token_N.device)
+        for number, h_MH in enumerate(self.hidden):
+            mine = (self.judge_N == number).nonzero()[:, 0]
+            head = self.shelf.take(number)
+            h_mH = h_MH[self.place_N[mine]].to(head.weight.device)
+            logp_m = token_logp(head, h_mH, token_N[mine], temperature)
+            out_N = out_N.to(logp_m.dtype).index_copy(0, mine, logp_m)
+        return out_N
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> Experts:
+        return replace(self, judge_N=self.judge_N[at_N], place_N=self.place_N[at_N], heard_N=_some(self.heard_N, at_N))
+
+
+def _some(x_N: Tensor | None, at_N: Tensor) -> Tensor | None:
+    return None if x_N is None else x_N[at_N]
+
+
+@dataclass(frozen=True)
+class Score:
+    """A critic's number for every row."""
+
+    value_B: Tensor
+
+    def rows(self, _at_N: Tensor, rows_B: Tensor) -> Score:
+        return Score(self.value_B[rows_B])
+
+
+Distribution = Dense | Experts
+Signal = Token | Distribution | Score

@@ -21,8 +21,8 @@ LAYERS = {
     "algebra": "math expression anchors credits gates loss method methods",
     "text": "chat views hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head signals engines batch model cast student critic teachers speak contest checkpoint snapshot"
-    " diagnose",
+    "models": "head signals engines batch model cast tally observe student critic teachers speak contest"
+    " checkpoint snapshot diagnose",
     "run": "legs assemble record state best eval train runs",
     "look": "samples report panel",
     "front": "demo api cli __init__",
@@ -106,7 +106,7 @@ def test_what_looks_at_a_run_reads_its_folder_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", [n for n in FILES if n.startswith("methods.")])
 def test_a_method_reaches_no_model_file_or_engine(name: str) -> None:
-    algebra = set("expression anchors credits gates loss method methods types".split())
+    algebra = {"expression", "anchors", "credits", "gates", "loss", "method", "methods", "types"}
     assert {found.split(".")[0] for found, _, _ in imports(TREES[name])} <= algebra
 
 

@@ -249,7 +249,7 @@ class Total:
         return x
 
     def named(self, sums: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Sums by name over ranks; a rank that lacks a name adds nothing to it."""
+        """Pairs by name, added over ranks; a rank that lacks a name adds nothing to it."""
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
@@ -257,7 +257,7 @@ class Total:
         everyone: list[list[str]] = [[] for _ in range(dist.get_world_size())]
         dist.all_gather_object(everyone, list(sums))
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
-        zero = torch.zeros((), dtype=torch.float64, device=device)
+        zero = torch.zeros(2, dtype=torch.float64, device=device)
         return {k: self(sums.get(k, zero)) for k in sorted({n for names in everyone for n in names})}
 
 

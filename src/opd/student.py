@@ -13,14 +13,15 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
-from opd import math
 from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
 from opd.expression import Expression
 from opd.head import TILE, tiled_loss, token_logp
-from opd.loss import Loss, Match, Push
+from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
-from opd.signals import Distribution, Token
+from opd.observe import observe
+from opd.signals import Distribution
+from opd.tally import Tally
 from opd.types import Judge
 
 
@@ -108,51 +109,16 @@ def adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=optim.lr, betas=optim.betas, eps=optim.eps)
 
 
-def measure(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, Tensor]) -> Tensor:
-    """The weighted loss of a tile (a scalar with gradient), its terms and diagnostics added to `sums`."""
+def measure(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> Tensor:
+    """The weighted loss of a tile (a scalar with gradient), its terms and what else is seen there added to `tally`."""
     total = tile.logits_nV.new_zeros(())
     for k, term in enumerate(loss.token_terms):
         weight_n = prepared.weight_KN[k, tile.at]
         part = (weight_n * term.at(tile)).sum()
         total = total + part
-        _add(sums, f"loss/{term.name}", part.detach())
-    with torch.no_grad():
-        _diagnose(loss, tile, prepared, sums)
+        tally.add(f"loss/{term.name}", part.detach())
+    observe(loss, tile, prepared, tally)
     return total
-
-
-def _diagnose(loss: Loss, tile: TileScope, prepared: Prepared, sums: dict[str, Tensor]) -> None:
-    on_n = (prepared.weight_KN[:, tile.at] != 0).any(0)
-    _add(sums, "count", on_n.sum())
-    _add(sums, "entropy/student_nats", math.divergence.entropy(tile.student(1.0))[on_n].sum())
-    for judge, signal in tile.batch.signals.items():
-        if isinstance(signal, Distribution) and any(isinstance(t.head, Match) for t in loss.token_terms):
-            s, t = tile.student(1.0)[on_n], tile.distribution(judge, 1.0)[on_n]
-            _add(sums, "kl/reverse_nats", math.divergence.reverse_kl(s, t).sum())
-            _add(sums, "kl/forward_nats", math.divergence.forward_kl(s, t).sum())
-            _add(sums, "entropy/teacher_nats", math.divergence.entropy(t).sum())
-    spoken_n = on_n & tile.batch.behaviour_N[tile.at].isfinite()
-    _add(sums, "sampled_count", spoken_n.sum())
-    for judge, signal in tile.batch.signals.items():
-        if isinstance(signal, Token):  # of the sampled token alone: an unbiased estimate, of samples of the student
-            gap_n = (tile.live - tile.judged(judge))[spoken_n]
-            which = "reference" if judge.role == "reference" else "reverse"
-            _add(sums, f"sampled_kl/{which}_nats", gap_n.sum())
-    pushes = [(k, t.head) for k, t in enumerate(loss.token_terms) if isinstance(t.head, Push)]
-    if pushes:
-        k, head = pushes[0]
-        own_n = prepared.weight_KN[k, tile.at] != 0
-        ratio = (tile.live - head.anchor.value(tile)).exp()[own_n]
-        credit = head.credit.value(tile)[own_n]
-        low, high = head.clip or (float("inf"), float("inf"))
-        stopped = ((credit > 0) & (ratio > 1 + high)) | ((credit < 0) & (ratio < 1 - low))
-        _add(sums, "push_count", own_n.sum())
-        _add(sums, "ratio/mean", ratio.sum())
-        _add(sums, "ratio/clipped_share", stopped.sum())
-
-
-def _add(sums: dict[str, Tensor], name: str, x: Tensor) -> None:
-    sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=x.device)) + x.double()
 
 
 class Trainee(nn.Module):
@@ -201,18 +167,21 @@ class Student:
         live = self.logp(batch) if needs_pass(loss, batch.old_N is not None) else None
         prepared = prepare(loss, batch, step, live, total)
         counted = set(batch.row_N[prepared.live_rows].tolist())
-        sums: dict[str, Tensor] = {}
+        tally = Tally()
         for cut in micro_batches(batch, sorted(counted), self.optim.tokens_per_micro, self.model.layout):
             at_m = flat_index(batch, cut)
 
             def value(at: slice, logits_nV: Tensor, at_m: Tensor = at_m) -> Tensor:
-                return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, sums)
+                return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, tally)
 
             self.trainee(batch, cut, value, self.optim.tile).backward()
         if total is not None and not counted:  # a rank without rows of its own still takes part in every sum
             for _, p in trained(self.model.module):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-        return _stats(sums, total)
+        stats = tally.result(total)
+        if stats:
+            stats["loss/total"] = sum(v for k, v in stats.items() if k.startswith("loss/"))
+        return stats
 
     def update(self, batch: Batch, loss: Loss, step: int, lr: float, total: Total | None = None) -> dict[str, float]:
         """Learn from a rollout batch: `passes` times over `updates` optimizer batches of whole groups.
@@ -287,22 +256,3 @@ def guarded_step(
 
 class NotFiniteError(OpdError):
     """A loss or gradient that is nan or infinite."""
-
-
-def _stats(sums: dict[str, Tensor], total: Total | None) -> dict[str, float]:
-    if total is not None:
-        sums = total.named(sums)
-    if not sums:
-        return {}
-    out = {k: float(v) for k, v in sums.items()}
-    count, pushed = max(out.pop("count"), 1.0), max(out.pop("push_count", 0.0), 1.0)
-    sampled = max(out.pop("sampled_count", 0.0), 1.0)
-    for k in list(out):
-        if k.startswith(("kl/", "entropy/")):
-            out[k] /= count
-        elif k.startswith("ratio/"):
-            out[k] /= pushed
-        elif k.startswith("sampled_kl/"):
-            out[k.removeprefix("sampled_")] = out.pop(k) / sampled
-    out["loss/total"] = sum(v for k, v in out.items() if k.startswith("loss/"))
-    return out

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from opd.loss import Divergence, Per, match
+from opd.divergences import Divergence
+from opd.loss import Per, match
 from opd.method import TEACHER, Method, Positive, Share, mixture
 
 Name = Literal["forward_kl", "reverse_kl", "jsd", "skew_forward_kl", "skew_reverse_kl", "tvd"]

@@ -116,17 +116,17 @@ TEXTBOOK = {
 }
 
 
-@pytest.mark.parametrize("of", WHOSE)
+@pytest.mark.parametrize("whose", WHOSE)
 @pytest.mark.parametrize("rest", RESTS)
 @pytest.mark.parametrize("name", TEXTBOOK)
-def test_against_sets_of_ids(of, rest, name):
+def test_against_sets_of_ids(whose, rest, name):
     """Every choice against a set written out token by token, each id once, and plain autograd."""
     z, t = apart()
     for k in (1, 2, 4):
-        values, grad = both(Divergence(name, support=Support(of, k, rest)), z, t)
+        values, grad = both(Divergence(name, support=Support(whose, k, rest)), z, t)
         for i in range(len(z)):
             top = {"teacher": set(t[i].topk(k).indices.tolist()), "student": set(z[i].topk(k).indices.tolist())}
-            kept = sorted(top["teacher"] | top["student"] if of == "union" else top[of])
+            kept = sorted(top["teacher"] | top["student"] if whose == "union" else top[whose])
             free = z[i].clone().requires_grad_()
             want = naive(TEXTBOOK[name], free, t[i].exp(), kept, rest)
             want.backward()
@@ -136,19 +136,21 @@ def test_against_sets_of_ids(of, rest, name):
 
 def test_a_union_counts_what_stands_in_both_once():
     s, t = logp([ZS]), logp([ZT])
-    a, b = cut(s, t, of="union", k=3, rest="dropped")  # both hold {0, 1, 2}: the three slots of the teacher are empty
+    a, b = cut(
+        s, t, whose="union", k=3, rest="dropped"
+    )  # both hold {0, 1, 2}: the three slots of the teacher are empty
     assert a.shape == (1, 6) and (a.exp() > 0).sum() == 3 == (b.exp() > 0).sum()
     torch.testing.assert_close(a.exp().sum(), s[0, :3].exp().sum())
 
 
 @pytest.mark.parametrize("name", FULL)
-@pytest.mark.parametrize("of", WHOSE)
+@pytest.mark.parametrize("whose", WHOSE)
 @pytest.mark.parametrize("rest", RESTS)
-def test_all_of_the_vocabulary_is_the_full_divergence(name, of, rest):
+def test_all_of_the_vocabulary_is_the_full_divergence(name, whose, rest):
     z, t = apart()
     want = both(Divergence(name, FULL[name]), z, t)
     for k in (9, 100):
-        got = both(Divergence(name, FULL[name], support=Support(of, k, rest)), z, t)
+        got = both(Divergence(name, FULL[name], support=Support(whose, k, rest)), z, t)
         assert torch.equal(got[0], want[0]) and torch.equal(got[1], want[1])
 
 
@@ -176,12 +178,12 @@ def test_a_union_that_covers_everything_is_the_full_divergence(name, rest):
 
 @pytest.mark.parametrize("name", FULL)
 @pytest.mark.parametrize("rest", RESTS)
-@pytest.mark.parametrize("of", WHOSE)
-def test_nothing_breaks_where_all_mass_is_kept(name, rest, of):
+@pytest.mark.parametrize("whose", WHOSE)
+def test_nothing_breaks_where_all_mass_is_kept(name, rest, whose):
     """float32, both so sure that the rest rounds to nothing; and a teacher that excludes what the student likes."""
     z = torch.tensor([[60.0, 0.0, -1.0, -2.0, -3.0], [0.0, 3.0, 1.0, 0.0, 0.0]])
     t = torch.tensor([[50.0, 1.0, -1.0, -2.0, -3.0], [5.0, -math.inf, 1.0, -math.inf, 0.0]]).log_softmax(-1)
-    value, grad = both(Divergence(name, FULL[name], support=Support(of, 2, rest)), z, t)
+    value, grad = both(Divergence(name, FULL[name], support=Support(whose, 2, rest)), z, t)
     assert value[0].isfinite() and grad[0].isfinite().all()
     infinite = name in ("reverse_kl", "weighed_reverse_kl", "adaptive_kl")  # as on the whole vocabulary
     if not infinite:
@@ -258,10 +260,10 @@ def test_both_renormalised_teaches_the_conditionals_alone(name):
     assert abs(float(q[:K].sum()) - HEAD) > 0.01
     z, t = apart()
     _, grad = both(divergence, z, t)
-    kept = cut(z.log_softmax(-1), t, of=divergence.support.of, k=K, rest="dropped")[0].exp() > 0
-    if divergence.support.of != "union":
+    kept = cut(z.log_softmax(-1), t, whose=divergence.support.whose, k=K, rest="dropped")[0].exp() > 0
+    if divergence.support.whose != "union":
         assert kept.all()
-        ids = (z if divergence.support.of == "student" else t).topk(K, -1).indices
+        ids = (z if divergence.support.whose == "student" else t).topk(K, -1).indices
         outside = grad.clone().scatter(-1, ids, 0.0)
         assert outside.abs().max() < 1e-15 and grad.sum(-1).abs().max() < 1e-12
 
@@ -321,4 +323,4 @@ def test_the_document_says_what_the_code_does():
     ways = {"forward_kl": "forward", "reverse_kl": "reverse", "weighed_reverse_kl": "reverse", "jsd": "between"}
     own = [(n, f) for n, f in inspect.getmembers(named, inspect.isfunction) if f.__module__ == named.__name__]
     made = {name: make(k=5) for name, make in own if not name.startswith("_")}
-    assert said == {name: (d.support.of, d.support.rest, ways[d.name]) for name, d in made.items()}
+    assert said == {name: (d.support.whose, d.support.rest, ways[d.name]) for name, d in made.items()}

@@ -19,7 +19,7 @@ from opd import math
 if TYPE_CHECKING:
     from torch import Tensor
 
-Of = Literal["teacher", "student", "union"]
+Whose = Literal["teacher", "student", "union"]
 Rest = Literal["dropped", "renormalised", "teacher_renormalised", "tail"]
 
 
@@ -27,12 +27,12 @@ Rest = Literal["dropped", "renormalised", "teacher_renormalised", "tail"]
 class Support:
     """The `k` likeliest tokens of the teacher, the student or either, and what becomes of the rest (`math.support`)."""
 
-    of: Of
+    whose: Whose
     k: int
     rest: Rest = "tail"
 
     def __str__(self) -> str:
-        whose = "teacher's or student's" if self.of == "union" else f"{self.of}'s"
+        whose = "teacher's or student's" if self.whose == "union" else f"{self.whose}'s"
         rest = {
             "dropped": "the rest dropped",
             "renormalised": "both renormalised",
@@ -166,8 +166,8 @@ def trl(beta: float = 0.5, k: int = 64, *, tail: bool = True) -> Divergence:
 
     With the bucket it converges to q = p on K and equal mass on the rest; without, to the conditionals on K.
     """
-    of: Of = "teacher" if beta == 0 else "student" if beta == 1 else "union"
-    return _jsd(beta, Support(of, k, "tail" if tail else "renormalised"))
+    whose: Whose = "teacher" if beta == 0 else "student" if beta == 1 else "union"
+    return _jsd(beta, Support(whose, k, "tail" if tail else "renormalised"))
 
 
 def opsd_top_k(k: int, beta: float = 0.5) -> Divergence:

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from opd.divergences import Of, Rest
+    from opd.divergences import Whose, Rest
 
 NOWHERE = -1e4  # the log-probability of a slot that holds no token: its probability is exactly 0, and finite its slope
 LEAST = 1e-7  # the least that a bucket holds
 
 
-def cut(s_nV: Tensor, t_nV: Tensor, *, of: Of, k: int, rest: Rest) -> tuple[Tensor, Tensor]:
+def cut(s_nV: Tensor, t_nV: Tensor, *, whose: Whose, k: int, rest: Rest) -> tuple[Tensor, Tensor]:
     """Student's and teacher's log-probabilities [n, K] of the `k` likeliest tokens of the teacher, student, or either.
 
     `rest` is what becomes of the others' mass: `dropped` (log-probabilities stay those of the whole vocabulary),
@@ -28,10 +28,10 @@ def cut(s_nV: Tensor, t_nV: Tensor, *, of: Of, k: int, rest: Rest) -> tuple[Tens
     if k >= s_nV.shape[-1]:
         return s_nV, t_nV
     with torch.no_grad():
-        if of == "union":
+        if whose == "union":
             ids_nK, again_nK = _either(s_nV.topk(k, -1).indices, t_nV.topk(k, -1).indices)
         else:
-            ids_nK, again_nK = (s_nV if of == "student" else t_nV).topk(k, -1).indices, None
+            ids_nK, again_nK = (s_nV if whose == "student" else t_nV).topk(k, -1).indices, None
     kept = [x_nV.gather(-1, ids_nK) for x_nV in (s_nV, t_nV)]
     if again_nK is not None:
         kept = [x_nK.masked_fill(again_nK, NOWHERE) for x_nK in kept]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from opd.divergences import Whose, Rest
+    from opd.divergences import Rest, Whose
 
 NOWHERE = -1e4  # the log-probability of a slot that holds no token: its probability is exactly 0, and finite its slope
 LEAST = 1e-7  # the least that a bucket holds

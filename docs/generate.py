@@ -44,7 +44,7 @@ def table() -> str:
     for name, fn in catalogue().items():
         row = describe(name, fn)
         cells = [f"[`{name}`](docs/methods.md#{name})", row["speaks"], asked(row["needs"]), row["about"].rstrip(".")]
-        found = [(machine, f"recipes/{name}.{machine}.yaml") for machine in ("cpu", "1gpu")]
+        found = [(machine, f"recipes/{name}.{machine}.yaml") for machine in ("cpu", "1gpu", "paper")]
         links = [f"[{machine}]({path})" for machine, path in found if (ROOT / path).is_file()]
         lines.append(f"| {' | '.join([*cells, ' '.join(links)])} |")
     return "\n".join(lines) + "\n"

@@ -12,7 +12,8 @@ from tabled import F64, V, gradient, hear, packed, prefix, random_table, relativ
 
 from opd.anchors import behaviour, old
 from opd.credits import discounted, log_ratio, reward
-from opd.loss import Divergence, Loss, k3, match, nll, push
+from opd.divergences import Divergence
+from opd.loss import Loss, k3, match, nll, push
 from opd.math import divergence as D
 from opd.method import CRITIC, REFERENCE, TEACHER, build
 from opd.signals import Score

@@ -8,10 +8,11 @@ from tabled import gradient, hear, packed, random_rollouts, random_table, relati
 
 from opd.anchors import old
 from opd.credits import Discounted, LogRatio, Reward, discounted, log_ratio, reward
+from opd.divergences import Divergence
 from opd.errors import OpdError
 from opd.expression import Zero
 from opd.gates import Band, band
-from opd.loss import Divergence, Loss, bradley_terry, k3, learn, match, nll, push  # fmt: skip
+from opd.loss import Loss, bradley_terry, k3, learn, match, nll, push
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.schedule import Schedule, cosine, linear, parse, value
 from opd.signals import Score, Token

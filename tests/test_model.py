@@ -11,9 +11,10 @@ from torch import nn
 from opd.anchors import old
 from opd.batch import Total, pack
 from opd.credits import log_ratio, reward
+from opd.divergences import Divergence
 from opd.errors import CheckFailedError, OpdError, UsageError
 from opd.head import token_logp
-from opd.loss import Divergence, k3, match, nll, push
+from opd.loss import k3, match, nll, push
 from opd.math import divergence as D
 from opd.method import CRITIC, REFERENCE, TEACHER
 from opd.model import CausalModel, adapter, base, load, probe_head, trained

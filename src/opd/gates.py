@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from opd import math
 from opd.expression import Expression, Scope
@@ -53,6 +53,30 @@ def heard(judge: Judge) -> Expression:
     return Heard(judge)
 
 
+@dataclass(frozen=True)
+class Unsure(Expression):
+    """A gate: 1 where the entropy of the judge's whole distribution, at temperature 1, exceeds `nats`; 0 elsewhere."""
+
+    judge: Judge
+    nats: float
+
+    def at(self, scope: Any) -> Tensor:  # a tile's: entropy needs the vocabulary axis
+        logp_nV = scope.distribution(self.judge, 1.0)
+        return (math.divergence.entropy(logp_nV) > self.nats).to(logp_nV.dtype)
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.DENSE}
+
+    def __str__(self) -> str:
+        return f"[H({self.judge}) > {self.nats:g}]"
+
+
 def band(low: float, high: float) -> Expression:
     """A masked importance weight between trainer and sampler."""
     return Band(low, high)
+
+
+def unsure(judge: Judge, nats: float) -> Expression:
+    """A hard gate on the judge's entropy; needs DENSE."""
+    return Unsure(judge, nats)

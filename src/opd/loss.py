@@ -11,8 +11,9 @@
     loss + loss, 0.1 * loss, loss.on(speaker), loss.where(gate), loss.per("sequence")
 
 What the loss needs from whom (`needs`) and which log-probabilities it reads (`reads`) follow from the symbols. Nothing
-here imports torch: the command line prints equations without it. `opd.credits`, `opd.anchors` and `opd.gates` have
-what enters a `push` and a `where`; all are `Expression`s, and the door they enter by gives them their role.
+here imports torch: the command line prints equations without it. `opd.divergences` has what `match` takes;
+`opd.credits`, `opd.anchors` and `opd.gates` have what enters a `push` and a `where`: all are `Expression`s, and the
+door they enter by gives them their role.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
 from opd.anchors import Logp, behaviour
+from opd.divergences import Divergence
 from opd.expression import Expression, Scope, union
 from opd.schedule import Coefficient, Schedule
 from opd.types import Judge, Needs, Says
@@ -31,29 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Per = Literal["token", "sequence", "sequence_sum"]
-
-
-# --- divergences, by name --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """A function of `opd.math.divergence` with its arguments. `temperature` divides both sides' logits before it."""
-
-    name: str
-    args: tuple[tuple[str, float], ...] = ()
-    temperature: float = 1.0
-
-    def entries(self, s_nV: Tensor, t_nV: Tensor) -> Tensor:
-        """[n, V] whose sum over V is the divergence; both arguments already at `temperature`."""
-        fn: Callable[..., Tensor] = getattr(math.divergence, self.name)
-        return fn(s_nV, t_nV, **dict(self.args))
-
-    def __str__(self) -> str:
-        inside = ", ".join(f"{k}={v:g}" for k, v in self.args)
-        if self.temperature != 1:
-            inside = ", ".join(filter(None, [inside, f"temperature={self.temperature:g}"]))
-        return f"{self.name}({inside})" if inside else self.name
 
 
 # --- heads: what one term does with a token ---------------------------------------------------------------------------

@@ -26,11 +26,12 @@ Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
 NotNegative = Annotated[float, Ge(0)]
 Group = Annotated[int, Ge(1)]
+Count = Annotated[int, Ge(0)]
 Clip = tuple[NotNegative, NotNegative] | None
 
 VIEWS = ("same", "answer", "demonstration", "context", "hint")  # what a judge may see: `opd.views`
 
-__all__ = ["Clip", "Coefficient", "Group", "Method", "NotNegative", "Positive", "Share", "Speakers"]
+__all__ = ["Clip", "Coefficient", "Count", "Group", "Method", "NotNegative", "Positive", "Share", "Speakers"]
 
 CRITIC = Judge("critic")
 EXPERT = "expert"  # the role of the teacher that is named after the domain of the prompt

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from opd.loss import Divergence, Per, match
+from opd.divergences import Divergence
+from opd.loss import Per, match
 from opd.method import EXPERT, Method, one
 from opd.types import Judge
 

@@ -16,7 +16,7 @@ from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe
 from opd.types import Prompt, Says
-from opd.views import View, refuse_missing
+from opd.views import View, refuse_missing, wrapped
 
 if TYPE_CHECKING:
     from opd.cast import Load
@@ -224,7 +224,8 @@ def _data(
             on_bad_row=recipe.data.on_bad_row,
         )
         notes.append(str(reading.report))
-        kept = [p for p in reading.prompts if limit is None or len(voice.prompt_ids(p)) <= limit]
+        prompts = reading.prompts if source.wrap is None else wrapped(View("wrap", source.wrap), reading.prompts)
+        kept = [p for p in prompts if limit is None or len(voice.prompt_ids(p)) <= limit]
         if dropped := len(reading.prompts) - len(kept):
             said = f"{dropped} of {len(reading.prompts)} prompts of {source.path} are longer than {limit} tokens"
             if recipe.data.overlong == "stop" or not kept:

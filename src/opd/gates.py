@@ -32,6 +32,23 @@ class Band(Expression):
 
 
 @dataclass(frozen=True)
+class Truncated(Expression):
+    """A gate: min(live / old, high), the importance weight of a student that has moved, cut from above."""
+
+    high: float
+
+    def at(self, scope: Scope) -> Tensor:
+        return (scope.live - scope.old).detach().exp().clamp(max=self.high)
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"live", "old"})
+
+    def __str__(self) -> str:
+        return f"min(π/π_old, {self.high:g})"
+
+
+@dataclass(frozen=True)
 class Heard(Expression):
     """1 where the judge's view exists (there is a hint, an answer, a context), 0 where the judge has nothing to see."""
 
@@ -46,6 +63,11 @@ class Heard(Expression):
 
     def __str__(self) -> str:
         return f"[{self.judge} heard]"
+
+
+def truncated(high: float) -> Expression:
+    """Truncated importance sampling over the updates on one batch; 1 at the first."""
+    return Truncated(high)
 
 
 def heard(judge: Judge) -> Expression:

@@ -15,7 +15,7 @@ hint), and None where there is none.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -65,6 +65,12 @@ class View:
         if not self.fields <= known.keys():
             return None
         return _FIELD.sub(lambda m: known[m[1]], self.template)  # in one pass: what is filled in is not read again
+
+
+def wrapped(view: View, prompts: Sequence[Prompt]) -> list[Prompt]:
+    """The prompts as a view shows them, for everybody. Raises `UsageError` where one lacks a field."""
+    refuse_missing(view, list(prompts), "the data")
+    return [view.of(p) or p for p in prompts]
 
 
 def refuse_missing(view: View, prompts: list[Prompt], where: str) -> None:

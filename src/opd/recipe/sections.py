@@ -147,6 +147,7 @@ class Source(Section):
     split: str | None = says("split of a Hugging Face data set", None)
     prompt_key: str | None = says("column of the prompt; null finds messages or prompt", None)
     response_key: str | None = says("column of the recorded answer; null finds response or answer", None)
+    wrap: str | None = says("the last message rewritten, such as '{prompt} /no_think'; fields as in views", None)
 
 
 class Data(Section):

@@ -279,3 +279,11 @@ def test_the_kl_of_sampled_tokens_is_of_the_students_own_samples():
     assert stats["kl/reverse_nats"] == pytest.approx(gap(teacher), rel=1e-9)
     assert stats["kl/reference_nats"] == pytest.approx(gap(reference), rel=1e-9)
     assert not any(name.startswith("sampled") for name in stats)
+
+
+def test_a_push_is_named_by_all_that_its_credit_reads():
+    named = lambda credit: push(credit).terms[0].name
+    assert named(reward()) == "push_reward" and named(reward(CRITIC)) == "push_critic"
+    assert named(log_ratio(TEACHER)) == "push_teacher"
+    assert named(log_ratio(TEACHER) + 0.5 * reward()) == "push_reward_teacher"
+    assert named(log_ratio(TEACHER) + log_ratio(REFERENCE)) == "push_teacher_reference"

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from opd.expression import Expression, Scope
+from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -31,6 +32,46 @@ class Logp(Expression):
         return {"live": "log π", "old": "log π_old", "behaviour": "log μ"}[self.which]
 
 
+@dataclass(frozen=True)
+class Blend(Expression):
+    """share * log old + (1 - share) * log judge: a weighted geometric mean, whose ratio is (r_old)^share (r_judge)^(1 -
+    share). With a `limit`, log r_judge is held in [-limit, limit] first.
+
+    Gradient: log r rises by 1 for 1 of log student; where the limit holds, by `share` alone, for the judge's part of
+    the ratio then stands still. At share 0 such a token gets no gradient at all.
+    """
+
+    judge: Judge
+    share: float
+    limit: float | None = None
+
+    def at(self, scope: Scope) -> Tensor:
+        if self.limit is None:
+            return self.share * scope.old.detach() + (1 - self.share) * scope.judged(self.judge)
+        live = scope.live.detach()
+        return live - self.log_ratio(live, scope)
+
+    def log_ratio(self, live_N: Tensor, scope: Scope) -> Tensor:
+        if self.limit is None:
+            return super().log_ratio(live_N, scope)
+        over_judge = (live_N - scope.judged(self.judge).detach()).clamp(-self.limit, self.limit)
+        return self.share * (live_N - scope.old.detach()) + (1 - self.share) * over_judge
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.TOKEN}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"old"} if self.limit is None else {"old", "live"})
+
+    def __str__(self) -> str:
+        if self.limit is None:
+            return f"{self.share:g} log π_old + {1 - self.share:g} log {self.judge}"
+        held = f"clamp(log π - log {self.judge}, ±{self.limit:g})"
+        return f"log π - {self.share:g} (log π - log π_old) - {1 - self.share:g} {held}"
+
+
 def behaviour() -> Expression:
     """The anchor of importance sampling: the engine that spoke."""
     return Logp("behaviour")
@@ -44,3 +85,8 @@ def old() -> Expression:
 def live() -> Expression:
     """The student itself: the ratio is 1 and its gradient that of log π, so a push is plain REINFORCE."""
     return Logp("live")
+
+
+def blend(judge: Judge, share: float, limit: float | None = None) -> Expression:
+    """The geometric mean of old and a judge, `share` of it old; at share 1 it is old, and the judge is not asked."""
+    return old() if share == 1 else Blend(judge, share, limit)

@@ -163,6 +163,11 @@ class WholeScope:
     def reward(self) -> Tensor:
         return self.batch.reward_B
 
+    @property
+    def finished(self) -> Tensor:
+        ended = [r.finish != "length" for r in self.batch.rollouts]
+        return torch.tensor(ended, dtype=torch.bool, device=self.row.device)
+
     def judged(self, judge: Judge) -> Tensor:
         return self.batch.judged(judge)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from opd import math
 from opd.anchors import Against, Logp
 from opd.expression import Expression, Reach, Scope, Whole
+from opd.schedule import Coefficient, Schedule, value
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
@@ -97,6 +98,25 @@ class Discounted(Expression):
         return f"Σ_k {self.gamma:g}^k ({self.inner})_t+k"
 
 
+@dataclass(frozen=True)
+class Evident(Expression):
+    """credit * [(1 - share) + share * clip((judge / student)^sign(credit), 1 - eps, 1 + eps)]: its sign stays."""
+
+    inner: Expression
+    evidence: Expression
+    share: Coefficient
+    eps: float
+    parts = ("inner", "evidence")
+
+    def at(self, scope: Scope) -> Tensor:
+        credit_N, evidence_N = self.inner.value(scope), self.evidence.value(scope)
+        return math.credit.evident(credit_N, evidence_N, value(self.share, scope.step), self.eps)
+
+    def __str__(self) -> str:
+        share = str(self.share) if isinstance(self.share, Schedule) else f"{self.share:g}"
+        return f"({self.inner}) · (1 + {share} (clip[±{self.eps:g}](exp(±({self.evidence}))) - 1))"
+
+
 def log_ratio(judge: Judge, against: Against = "live") -> Expression:
     """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient."""
     return LogRatio(judge, against)
@@ -115,3 +135,8 @@ def outcome() -> Expression:
 def discounted(credit: Expression, gamma: float) -> Expression:
     """Reward-to-go of a credit; gamma = 0 is the credit itself."""
     return Discounted(credit, gamma) if gamma else credit
+
+
+def evident(credit: Expression, evidence: Expression, share: Coefficient, eps: float) -> Expression:
+    """A credit whose size follows a log-ratio and whose sign stays; with a share of 0 the log-ratio is not asked."""
+    return credit if share == 0 else Evident(credit, evidence, share, eps)

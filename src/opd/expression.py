@@ -74,6 +74,10 @@ class Whole(Scope, Protocol):
     def reward(self) -> Tensor:
         """[B] the task's."""
 
+    @property
+    def finished(self) -> Tensor:
+        """[B] whether each row ended by itself, and was not cut at its longest length."""
+
     def scored(self, judge: Judge) -> Tensor:
         """[B] what a critic gave each row."""
 
@@ -91,6 +95,10 @@ class Expression:
     def value(self, scope: Scope) -> Tensor:
         """[N] under any scope; what reaches wider than a token is read from the batch's column."""
         return scope.column(self) if self.reach > Reach.TOKEN else self.at(scope)
+
+    def log_ratio(self, live_N: Tensor, scope: Scope) -> Tensor:
+        """[N] log of the student over this number, as a push's anchor; gradient through `live_N` alone."""
+        return live_N - self.value(scope).detach()
 
     @property
     def children(self) -> tuple[Expression, ...]:

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from opd import math
-from opd.expression import Expression, Scope
+from opd.anchors import Against, Logp
+from opd.expression import Expression, Reach, Scope, Whole
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
@@ -15,20 +16,22 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Band(Expression):
-    """A gate: old / behaviour where it lies in [low, high], 0 where the trainer and the sampler disagree more."""
+    """A gate: student / behaviour where it lies in [low, high], 0 where the trainer and the sampler disagree more."""
 
     low: float
     high: float
+    which: Against = "old"
 
     def at(self, scope: Scope) -> Tensor:
-        return math.trust.band((scope.old - scope.behaviour).detach().exp(), self.low, self.high)
+        student: Tensor = getattr(scope, self.which)
+        return math.trust.band((student - scope.behaviour).detach().exp(), self.low, self.high)
 
     @property
     def own_reads(self) -> frozenset[str]:
-        return frozenset({"old", "behaviour"})
+        return frozenset({self.which, "behaviour"})
 
     def __str__(self) -> str:
-        return f"band(π_old/μ, {self.low:g}, {self.high:g})"
+        return f"band({str(Logp(self.which)).removeprefix('log ')}/μ, {self.low:g}, {self.high:g})"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,84 @@ def truncated(high: float) -> Expression:
     return Truncated(high)
 
 
+@dataclass(frozen=True)
+class PassRate(Expression):
+    """A gate: p^a (1 - p)^b of the prompt, p the share of its group whose reward is above `success`."""
+
+    a: float
+    b: float
+    success: float
+    reach = Reach.GROUP
+
+    def at(self, scope: Whole) -> Tensor:
+        rate_B = math.credit.pass_rate(scope.reward, scope.group, self.success)
+        return (rate_B**self.a * (1 - rate_B) ** self.b)[scope.row]
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"reward"})
+
+    def __str__(self) -> str:
+        return f"p^{self.a:g} (1 - p)^{self.b:g}"
+
+
+@dataclass(frozen=True)
+class Failed(Expression):
+    """A gate: 1 on rows whose reward is not above `success`, 0 on the others."""
+
+    success: float
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        reward_B = scope.reward
+        return (reward_B <= self.success).to(reward_B.dtype).masked_fill(reward_B.isnan(), float("nan"))[scope.row]
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"reward"})
+
+    def __str__(self) -> str:
+        return f"[reward ≤ {self.success:g}]"
+
+
+@dataclass(frozen=True)
+class Best(Expression):
+    """A gate: the size of the group on its row that the critic scores highest, 0 on the others."""
+
+    judge: Judge
+    reach = Reach.GROUP
+
+    def at(self, scope: Whole) -> Tensor:
+        return math.credit.best_of_group(scope.scored(self.judge), scope.group, scope.finished)[scope.row]
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.SCORE}
+
+    def __str__(self) -> str:
+        return f"n [score_{self.judge} = max of group]"
+
+
+def band(low: float, high: float, which: Against = "old") -> Expression:
+    """A masked importance weight between trainer and sampler."""
+    return Band(low, high, which)
+
+
+def pass_rate(a: float, b: float, success: float = 0.0) -> Expression:
+    """A weight of the prompt by how often the student succeeds: 0 where never or always, highest at a / (a + b)."""
+    return PassRate(a, b, success)
+
+
+def failed(success: float = 0.0) -> Expression:
+    """Only the rows that were not rewarded."""
+    return Failed(success)
+
+
+def best(judge: Judge) -> Expression:
+    """Only the best row of each group; the mean over sequences is then one over best rows."""
+    return Best(judge)
+
+
 def heard(judge: Judge) -> Expression:
     """Says what a loss does where a judge has nothing to look at: nothing. Without it such rows are refused."""
     return Heard(judge)
@@ -92,11 +173,6 @@ class Unsure(Expression):
 
     def __str__(self) -> str:
         return f"[H({self.judge}) > {self.nats:g}]"
-
-
-def band(low: float, high: float) -> Expression:
-    """A masked importance weight between trainer and sampler."""
-    return Band(low, high)
 
 
 def unsure(judge: Judge, nats: float) -> Expression:

@@ -75,16 +75,14 @@ class Match:
 
 @dataclass(frozen=True)
 class Push:
-    """-min(r a, clip(r) a) at each sampled token, r = exp(live - anchor). Gradient through `live` only."""
+    """-min(r a, clip(r) a) at each sampled token, r = student / anchor. Gradient through `live` in r only."""
 
     credit: Expression
     anchor: Expression
     clip: tuple[float, float] | None
 
     def at(self, tile: Tile) -> Tensor:
-        return math.trust.surrogate(
-            tile.live, self.anchor.value(tile).detach(), self.credit.value(tile).detach(), self.clip
-        )
+        return math.trust.surrogate(self.anchor.log_ratio(tile.live, tile), self.credit.value(tile).detach(), self.clip)
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
@@ -200,8 +198,8 @@ class Term:
             case Match():
                 return f"match_{head.judge.role}"
             case Push():
-                judges = [j.role for j in head.credit.needs]
-                return "push_" + ("_".join(dict.fromkeys(judges)) if judges else "reward")
+                says = ["reward"] * ("reward" in head.credit.reads) + [j.role for j in head.credit.needs]
+                return "push_" + "_".join(dict.fromkeys(says))
             case Nll():
                 return "nll"
             case K3():

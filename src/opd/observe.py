@@ -49,7 +49,7 @@ def _trust(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> Non
     pushes = [(k, t.head) for k, t in enumerate(loss.token_terms) if isinstance(t.head, Push)]
     for k, head in pushes[:1]:
         own_n = prepared.weight_KN[k, tile.at] != 0
-        ratio_m = (tile.live - head.anchor.value(tile)).exp()[own_n]
+        ratio_m = head.anchor.log_ratio(tile.live, tile).exp()[own_n]
         credit_m = head.credit.value(tile)[own_n]
         low, high = head.clip or (float("inf"), float("inf"))
         stopped_m = ((credit_m > 0) & (ratio_m > 1 + high)) | ((credit_m < 0) & (ratio_m < 1 - low))

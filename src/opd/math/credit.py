@@ -43,6 +43,42 @@ def degenerate_groups(value_B: Tensor, group_B: Tensor, min_std: float = 0.0) ->
     return live_G[index_B] == 0
 
 
+def evident(credit_N: Tensor, evidence_N: Tensor, share: float, eps: float) -> Tensor:
+    """credit [(1 - share) + share clip(w, 1 - eps, 1 + eps)], w = exp(sign(credit) evidence) (RLSD, arXiv 2604.03128).
+
+    The sign is the credit's; the size is moved by at most share * eps of it. A credit of 0 stays 0.
+    """
+    weight_N = (credit_N.sign() * evidence_N).exp().clamp(1 - eps, 1 + eps)
+    return credit_N * ((1 - share) + share * weight_N)
+
+
+def pass_rate(value_B: Tensor, group_B: Tensor, success: float) -> Tensor:
+    """Share of each row's group whose value is above `success`; nan where one of the group is missing. [B]."""
+    _, index_B = group_B.unique(return_inverse=True)  # type: ignore[no-untyped-call]
+    passed_B = (value_B > success).to(value_B.dtype).masked_fill(value_B.isnan(), float("nan"))
+    size_G = torch.bincount(index_B).to(value_B.dtype)
+    return (value_B.new_zeros(len(size_G)).index_add(0, index_B, passed_B) / size_G)[index_B]
+
+
+def best_of_group(value_B: Tensor, group_B: Tensor, finished_B: Tensor) -> Tensor:
+    """Group size on the row of its group's highest value, 0 on the others: its mean over rows is one over the bests.
+
+    Equals share it; of equals a row that ended by itself goes before one that was cut. A group without a winner (all
+    alike in both) is 0 everywhere. A group in which a value is nan is nan. Returns [B].
+    """
+    out_B = torch.zeros_like(value_B)
+    for group in group_B.unique():  # type: ignore[no-untyped-call]
+        own_B = group_B == group
+        best_B = own_B & (value_B == value_B[own_B].max())
+        if (best_B & finished_B).any():
+            best_B &= finished_B
+        if value_B[own_B].isnan().any():
+            out_B[own_B] = float("nan")
+        elif best_B.sum() < own_B.sum():
+            out_B[best_B] = (own_B.sum() / best_B.sum()).to(out_B)
+    return out_B
+
+
 def discounted(credit_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
     """Reward-to-go within a row, the token itself included: A_t = sum_k gamma^k a_{t+k}. gamma = 0: the credit.
 

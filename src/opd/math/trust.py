@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 
-def surrogate(live_N: Tensor, anchor_N: Tensor, credit_N: Tensor, clip: tuple[float, float] | None) -> Tensor:
-    """-min(r a, clip(r, 1 - low, 1 + high) a) [N], r = exp(live - anchor) (PPO, arXiv 1707.06347, eq. 7).
+def surrogate(log_ratio_N: Tensor, credit_N: Tensor, clip: tuple[float, float] | None) -> Tensor:
+    """-min(r a, clip(r, 1 - low, 1 + high) a) [N], r = exp(log_ratio) (PPO, arXiv 1707.06347, eq. 7).
 
-    The gradient is -r a grad(live), and exactly zero where a > 0 and r > 1 + high, or a < 0 and r < 1 - low.
+    The gradient is -r a grad(log_ratio), and exactly zero where a > 0 and r > 1 + high, or a < 0 and r < 1 - low.
     `clip=None` is plain importance sampling.
     """
-    ratio_N = (live_N - anchor_N).exp()
+    ratio_N = log_ratio_N.exp()
     if clip is None:
         return -ratio_N * credit_N
     low, high = clip

@@ -39,7 +39,7 @@ from opd.schedule import linear, value
 from opd.types import Judge, Says
 
 ANSWERED = Judge("reference", "answer")
-JUDGES = {"teacher": 2, "reference": 3}
+JUDGES = {"teacher": 2, "reference": 3, "*": 4}  # * sees the answer
 
 
 def scene(method, seed=0):
@@ -246,7 +246,7 @@ def test_a_tied_group_learns_nothing_from_the_teacher_either():
 def test_rlsd_as_the_paper_prints_it(lam):
     method = rlsd(lam=lam)
     model, batch = scene(method)
-    judge, credit, share = sampled_logp(random_table(3), batch), advantages(batch), value(lam, 2)
+    judge, credit, share = sampled_logp(random_table(4), batch), advantages(batch), value(lam, 2)
 
     def token_loss(i, live):
         ratio = (judge[i] - live).detach().exp()
@@ -269,7 +269,7 @@ def test_rlsd_at_lambda_zero_is_grpo_to_the_bit():
 def test_the_same_judge_as_student_is_grpo():
     """P_T = P_S: every weight is 1, whatever lambda."""
     model, batch = scene(rlsd(lam=1.0))
-    same = hear(batch, {ANSWERED: Says.TOKEN}, {"reference": model})
+    same = hear(batch, {ANSWERED: Says.TOKEN}, {"*": model})
     got, want = (gradient(model, same, m.loss)[0] for m in (rlsd(lam=1.0), grpo()))
     assert relative(got, want) < 1e-12
 

@@ -26,13 +26,14 @@ from opd.expression import Expression
 from opd.loss import Push
 from opd.math.credit import pass_rate
 from opd.math.divergence import forward_kl, reverse_kl
-from opd.method import EXPERT, REFERENCE, TEACHER, build
+from opd.method import REFERENCE, TEACHER, build
 from opd.methods.cross_stage import cross_stage
 from opd.methods.exopd import exopd
 from opd.methods.mopd import mopd
 from opd.methods.paced import paced
 from opd.types import Judge, Says
 
+EXPERT = Judge("expert")
 JUDGES = {"teacher": 2, "reference": 3, "expert": 2, "base": 3}
 ZS = torch.tensor([2, 1, 0.5, -1, 0], dtype=F64)
 ZT = torch.tensor([0.5, 2.5, 1, -2, 0.3], dtype=F64)

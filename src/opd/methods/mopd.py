@@ -7,6 +7,7 @@ from opd.credits import log_ratio, reward
 from opd.gates import band
 from opd.loss import Per, push
 from opd.method import EXPERT, Group, Method, NotNegative, Positive, one
+from opd.types import Judge
 
 
 def mopd(
@@ -21,7 +22,8 @@ def mopd(
 ) -> Method:
     """Raise each sampled token by how much likelier the domain's expert finds it, and by `alpha` times its outcome.
 
-    Speaks: student. Judge: the expert of the prompt's domain; says TOKEN. Reads the task's reward when alpha > 0.
+    Speaks: student. Judge: `expert`, the teacher named after the prompt's domain; says TOKEN. Reads the task's reward
+    when alpha > 0.
     Loss: -mean over rollouts of the mean over tokens of w_t A_t log student(y_t), w_t = student / sampler where that
     ratio of the trainer now to the engine that spoke lies in [low, high], else 0 (masked tokens count in the mean), A_t
     = log expert - log student + alpha (reward - group mean) / group std. The outcome is inside the advantage, under the
@@ -34,6 +36,6 @@ def mopd(
     """
     if alpha > 0 and group < 2:
         raise ValueError("alpha compares the samples of a prompt, and a group of 1 has nothing to compare: raise group")
-    credit = log_ratio(EXPERT, "live") + alpha * reward(std=std, min_std=min_std)
+    credit = log_ratio(Judge(EXPERT), "live") + alpha * reward(std=std, min_std=min_std)
     loss = push(credit, anchor=live()).where(band(low, high, "live")).per(per)
     return Method(speaks=one("student"), loss=loss, group=group)

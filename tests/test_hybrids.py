@@ -277,6 +277,7 @@ def test_the_same_judge_as_student_is_grpo():
 def test_whose_weights_judge_is_an_argument():
     for role in ("reference", "ema", "student"):
         assert rlsd(role=role).needs == {Judge(role, "answer"): Says.TOKEN}
+        assert rlsd(role=role, ema=0.9).ema == (0.9 if role == "ema" else None)
 
 
 @pytest.mark.parametrize(("advantage", "weight", "credit"), [(1.0, 1.2, 1.1), (-1.0, 0.8, -0.9)])

@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
-from opd.anchors import Logp, behaviour
+from opd.anchors import Logp, behaviour, live
 from opd.divergences import Divergence
 from opd.expression import Expression, Scope, union
 from opd.schedule import Coefficient, Schedule
@@ -91,7 +91,8 @@ class Push:
     needs: ClassVar[Any] = property(lambda self: {})
 
     def __str__(self) -> str:
-        ratio = f"exp(log π - {self.anchor})" if isinstance(self.anchor, Logp) else f"π / anchor[{self.anchor}]"
+        anchor = "sg log π" if self.anchor == live() else str(self.anchor)
+        ratio = f"exp(log π - {anchor})" if isinstance(self.anchor, Logp) else f"π / anchor[{anchor}]"
         inside = f"{ratio} · [{self.credit}]"
         return f"-{inside}" if self.clip is None else f"-clip[-{self.clip[0]:g}, +{self.clip[1]:g}]({inside})"
 

@@ -20,6 +20,7 @@ def rlsd(
     lam: Coefficient = FADING,
     eps: Share = 0.2,
     role: Literal["reference", "ema", "student"] = "reference",
+    ema: Share = 0.999,
     group: Group = 8,
     clip: Clip = (0.2, 0.2),
     std: bool = True,
@@ -31,7 +32,8 @@ def rlsd(
     """GRPO whose credit is shared out among a row's tokens by how much likelier knowing the answer makes them.
 
     Speaks: student, `group` samples a prompt. Judge: the same model that also sees the answer; says TOKEN. `role` is
-    whose weights: the student at stage start, its moving average, or as it is. Reads the task's reward.
+    whose weights: the student at stage start, its running mean (of which `ema` stays at each step), or as it is. Reads
+    the task's reward.
     Loss: GRPO's with the credit A_t = A [(1 - lam) + lam clip(exp(sign(A) D_t), 1 - eps, 1 + eps)], D_t = log judge(y_t
     | with the answer) - log student(y_t). A_t has the sign of A and differs from it by at most lam eps of it, so what
     the judge knows and the student cannot know is never imitated, only weighed. With lam the number 0 it is GRPO with
@@ -43,4 +45,6 @@ def rlsd(
     """
     credit = evident(reward(std=std, min_std=min_std), log_ratio(Judge(role, "answer"), "live"), lam, eps)
     loss = push(credit, anchor=old(), clip=clip)
-    return Method(speaks=one("student"), loss=(loss + to_reference(kl, kl_form)).per(per), group=group, goal="reward")
+    kept = ema if role == "ema" else None
+    loss = (loss + to_reference(kl, kl_form)).per(per)
+    return Method(speaks=one("student"), loss=loss, group=group, goal="reward", ema=kept)

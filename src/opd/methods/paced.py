@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from opd.gates import pass_rate
-from opd.loss import Divergence, Per, match
+from opd.divergences import Divergence
+from opd.loss import Per, match
 from opd.method import TEACHER, Group, Method, NotNegative, one
 
 

@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from opd import world
 from opd.assemble import load_tokenizer
 from opd.chat import renderer
-from opd.critic import Critic, Pairs, beside, pair_up
+from opd.critic import Critic, Critics, Pairs, beside, pair_up
 from opd.engines.base import Sampling
 from opd.loss import Objective
 from opd.metrics import length_only_accuracy
@@ -201,7 +201,7 @@ def test_a_student_without_an_answer_to_compare_with_is_no_pair():
 def told(judge: Critic, rows) -> list[float]:
     """The scores that a group's samples earn."""
     keeps_ids = type("Keeps", (), {"canonical": staticmethod(lambda r: r)})()  # these rows have ids and no text
-    return Teachers(keeps_ids, judge.model, critic=judge).scores(packed(rows)).tolist()
+    return Teachers(keeps_ids, judge.model, critic=Critics((judge,))).scores(packed(rows))[0].tolist()
 
 
 def test_a_truncated_answer_earns_its_groups_lowest_score():

@@ -181,7 +181,7 @@ def test_what_carries_over_between_stages(tmp_path, monkeypatch):
     def watch(kind, _numbers):
         if kind == "stage":
             own = runs[0]
-            critic, reference = own.critic, own.parts.teachers.reference
+            critic, reference = own.critic.members[0], own.parts.teachers.reference
             moments = {int(s["step"]) for s in critic.optimizer.state.values()}
             at_stage.append((copy(own.student.model.module.named_parameters()), critic, moments, reference))
             assert not own.student.optimizer.state

@@ -57,7 +57,7 @@ def test_three_adapters_on_one_frozen_base(tmp_path, monkeypatch):
             module = runs[0].student.model.module
             names = [name for name in ("student", "critic", "reference") if name in module.peft_config]
             seen.append((kind, digest(of(module, None)), {name: of(module, name) for name in names}, numbers))
-            assert runs[0].critic.model.module is module
+            assert runs[0].critic.models[0].module is module
 
     student = {"model": "world:student", "lora": 4}
     chosen = small(

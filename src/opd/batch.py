@@ -177,7 +177,7 @@ class WholeScope:
     def scored(self, judge: Judge) -> Tensor:
         signal = self.batch.signals[judge]
         assert isinstance(signal, Score)
-        return signal.value_B
+        return signal.value_KB
 
     def column(self, expression: Expression) -> Tensor:
         return expression.at(self)

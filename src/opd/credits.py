@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from opd import math
 from opd.anchors import Against, Logp
@@ -13,6 +13,8 @@ from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+Combine = Literal["mean", "minimum", "lower_bound"]
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,14 @@ class Reward(Expression):
     judge: Judge | None = None
     std: bool = False
     min_std: float = 0.0
+    combine: Combine = "mean"
+    width: float = 1.0
     reach = Reach.GROUP
 
     def at(self, scope: Whole) -> Tensor:
-        value_B = scope.reward if self.judge is None else scope.scored(self.judge)
+        value_B = scope.reward
+        if self.judge is not None:
+            value_B = math.credit.combined(scope.scored(self.judge), scope.group, self.combine, self.width)
         advantage_B = math.credit.group_advantage(value_B, scope.group, std=self.std, min_std=self.min_std)
         return advantage_B[scope.row]
 
@@ -62,6 +68,9 @@ class Reward(Expression):
 
     def __str__(self) -> str:
         name = "reward" if self.judge is None else f"score_{self.judge}"
+        if self.combine != "mean":
+            width = f"{self.width:g} " if self.combine == "lower_bound" else ""
+            name = {"minimum": f"min {name}", "lower_bound": f"(mean - {width}std of {name})"}[self.combine]
         return f"({name} - group mean)" + (" / group std" if self.std else "")
 
 
@@ -122,9 +131,16 @@ def log_ratio(judge: Judge, against: Against = "live") -> Expression:
     return LogRatio(judge, against)
 
 
-def reward(judge: Judge | None = None, *, std: bool = False, min_std: float = 0.0) -> Expression:
-    """Group-centred reward from the task's verifier, or from a critic."""
-    return Reward(judge, std, min_std)
+def reward(
+    judge: Judge | None = None,
+    *,
+    std: bool = False,
+    min_std: float = 0.0,
+    combine: Combine = "mean",
+    width: float = 1.0,
+) -> Expression:
+    """Group-centred reward from the task's verifier, or from a critic; `combine` is for several critics."""
+    return Reward(judge, std, min_std, combine, width)
 
 
 def outcome() -> Expression:

@@ -12,6 +12,8 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -194,16 +196,70 @@ class Critic:
         return {f"critic/{name}": float((share_P * x_P).sum()) for name, x_P in shown.items()}
 
 
+@dataclass(frozen=True)
+class Critics:
+    """One critic, or several that learn from the same pairs apart: bodies, heads and optimizers of their own."""
+
+    members: tuple[Critic, ...]
+
+    @property
+    def optim(self) -> Optim:
+        return self.members[0].optim
+
+    @property
+    def models(self) -> tuple[CausalModel, ...]:
+        return tuple(member.model for member in self.members)
+
+    @property
+    def steps(self) -> int:
+        return self.members[0].steps
+
+    def each(self, rows: Sequence[Row]) -> Tensor:
+        """[K, R] every critic's scores of token rows."""
+        return torch.stack([member.score(rows) for member in self.members])
+
+    def score(self, rows: Sequence[Row]) -> Tensor:
+        """[R] their mean score: what people are shown, and what ranks."""
+        return self.each(rows).mean(0)
+
+    ranks = staticmethod(Critic.ranks)
+
+    def update(self, pairs: Pairs, objective: Objective, lr: float, **more: Any) -> dict[str, float]:
+        """One step of each (see `Critic.update`); returns the means of what they say."""
+        said = [member.update(pairs, objective, lr, **more) for member in self.members]
+        return {name: sum(each[name] for each in said) / len(said) for name in said[0]}
+
+
+def critics(
+    number: int,
+    student: CausalModel,
+    optim: Optim,
+    *,
+    seed: int,
+    score_l2: float = 0.0,
+    start: CausalModel | None = None,
+) -> Critics:
+    """So many critics beside a student; they differ in the seeds of their heads, and so in what they learn."""
+    make = partial(beside, student, optim, score_l2=score_l2, start=start)
+    return Critics(tuple(make(seed=seed + k, name=f"critic_{k}" if k else "critic") for k in range(number)))
+
+
 def beside(
-    student: CausalModel, optim: Optim, *, seed: int, score_l2: float = 0.0, start: CausalModel | None = None
+    student: CausalModel,
+    optim: Optim,
+    *,
+    seed: int,
+    score_l2: float = 0.0,
+    start: CausalModel | None = None,
+    name: str = "critic",
 ) -> Critic:
     """A critic that starts as the student (or `start`): a copy of it, or of its adapter, on the same frozen base."""
     source = start or student
     if source.adapter is not None and start is None:
-        model = replace(source, adapter=copy_adapter(source.module, source.adapter, "critic"), name="critic", extra={})
+        model = replace(source, adapter=copy_adapter(source.module, source.adapter, name), name=name, extra={})
     else:
         module = copy.deepcopy(source.module).requires_grad_(True)
-        model = replace(source, module=_headless(module), name="critic", adapter=None, extra={})
+        model = replace(source, module=_headless(module), name=name, adapter=None, extra={})
     return Critic(model, optim, seed=seed, score_l2=score_l2)
 
 

@@ -10,7 +10,7 @@ from math import log
 from opd import metrics
 from opd import rewards as scoring
 from opd.batch import pack
-from opd.critic import Critic
+from opd.critic import Critics
 from opd.engines.base import Sampling
 from opd.head import token_logp
 from opd.model import CausalModel
@@ -64,7 +64,7 @@ def evaluate(
     sampling: Sampling,
     *,
     rewards: Sequence[Reward] = (),
-    critic: Critic | None = None,
+    critic: Critics | None = None,
     text_role: str | None = None,
     greedy: bool = True,
     sampled: bool = True,
@@ -115,7 +115,7 @@ def evaluate(
     return out
 
 
-def right_over_wrong(critic: Critic, teachers: Teachers, said: Answers) -> dict[str, float]:
+def right_over_wrong(critic: Critics, teachers: Teachers, said: Answers) -> dict[str, float]:
     """How often the critic ranks a right answer above a wrong one to the same prompt; ties count a half.
 
     For a person to look at, where there is a verifier and there are several samples a prompt, over all and by domain:

@@ -79,7 +79,7 @@ class Whole(Scope, Protocol):
         """[B] whether each row ended by itself, and was not cut at its longest length."""
 
     def scored(self, judge: Judge) -> Tensor:
-        """[B] what a critic gave each row."""
+        """[K, B] what each of the critics gave each row."""
 
 
 @dataclass(frozen=True)

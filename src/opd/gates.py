@@ -121,7 +121,7 @@ class Best(Expression):
     reach = Reach.GROUP
 
     def at(self, scope: Whole) -> Tensor:
-        return math.credit.best_of_group(scope.scored(self.judge), scope.group, scope.finished)[scope.row]
+        return math.credit.best_of_group(scope.scored(self.judge).mean(0), scope.group, scope.finished)[scope.row]
 
     @property
     def own_needs(self) -> Needs:

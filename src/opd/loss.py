@@ -144,16 +144,21 @@ class Learn:
 
 @dataclass(frozen=True)
 class Objective:
-    """What a critic minimises over pairs of a `good` and a `bad` speaker's text for the same prompt."""
+    """What a critic minimises over pairs of a `good` and a `bad` speaker's text for the same prompt.
+
+    With `critics` above 1 so many do, each by itself.
+    """
 
     kind: Literal["bradley_terry", "bce"]
     good: str
     bad: str
+    critics: int = 1
 
     def __str__(self) -> str:
+        each = f" for each of {self.critics}" if self.critics > 1 else ""
         if self.kind == "bradley_terry":
-            return f"-log σ(D({self.good}) - D({self.bad}))"
-        return f"-log σ(D({self.good})) - log(1 - σ(D({self.bad})))"
+            return f"-log σ(D({self.good}) - D({self.bad})){each}"
+        return f"-log σ(D({self.good})) - log(1 - σ(D({self.bad}))){each}"
 
 
 Head = Match | Push | Nll | K3 | Learn

@@ -15,7 +15,7 @@ from opd.assemble import Parts, model_path
 from opd.batch import Batch
 from opd.chat import Renderer
 from opd.credits import Reward
-from opd.critic import Critic
+from opd.critic import Critics
 from opd.legs import Leg
 from opd.lock import lock
 from opd.log import RunFolder, full_disk, json_line
@@ -88,6 +88,10 @@ def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[st
     signal = batch.signals.get(CRITIC)
     if isinstance(signal, Score):
         out |= _spread("score", signal.value_B, batch, _min_std(method))
+        if len(signal.value_KB) > 1 and students:
+            own = torch.tensor([r.speaker == "student" for r in batch.rollouts], device=batch.group_B.device)
+            apart = math.credit.disagreement(signal.value_KB[:, own].double(), batch.group_B[own])
+            out["critic/disagreement"] = float(apart)
     return out
 
 
@@ -175,7 +179,7 @@ def _numbers(x_n: torch.Tensor) -> list[float | None]:
 
 
 def flops(
-    student: CausalModel, critic: Critic | None, teachers: Teachers, method: Method, batch: Batch, *, learning: bool
+    student: CausalModel, critic: Critics | None, teachers: Teachers, method: Method, batch: Batch, *, learning: bool
 ) -> float:
     """Floating-point operations of a step by the usual count: 2 a parameter and token forward, 6 to learn.
 
@@ -191,7 +195,7 @@ def flops(
             total += 2 * _asked(teachers, judge.role, batch)
     if critic is not None and method.loss.learned:
         per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
-        total += per_token * parameters(critic.model) * _length(students) * (1 + 1 / max(1, method.group))
+        total += per_token * sum(map(parameters, critic.models)) * _length(students) * (1 + 1 / max(1, method.group))
     return total
 
 

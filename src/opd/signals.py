@@ -110,12 +110,21 @@ def _some(x_N: Tensor | None, at_N: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class Score:
-    """A critic's number for every row."""
+    """A critic's number for every row [B], or each of several critics' [K, B]."""
 
-    value_B: Tensor
+    said: Tensor
+
+    @property
+    def value_KB(self) -> Tensor:
+        return self.said if self.said.ndim == 2 else self.said[None]
+
+    @property
+    def value_B(self) -> Tensor:
+        """Their mean."""
+        return self.value_KB.mean(0)
 
     def rows(self, _at_N: Tensor, rows_B: Tensor) -> Score:
-        return Score(self.value_B[rows_B])
+        return Score(self.said[..., rows_B])
 
 
 Distribution = Dense | Experts

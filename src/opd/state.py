@@ -11,7 +11,7 @@ import torch
 
 from opd import checkpoint
 from opd.assemble import Parts, model_path, optim
-from opd.critic import Critic, beside
+from opd.critic import Critics, critics
 from opd.diagnose import Watchdog
 from opd.errors import OpdError
 from opd.legs import Leg
@@ -60,7 +60,7 @@ class Run:
     parts: Parts
     folder: RunFolder
     student: Student
-    critic: Critic | None
+    critic: Critics | None
     at: Progress
     watch: Watch
     watchdog: Watchdog
@@ -99,11 +99,11 @@ def save(run: Run) -> None:
         "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, own),
         "random": checkpoint.random_tensors(),
     }
-    if run.critic is not None:
-        with run.critic.entered():
-            learned = dict(trained(run.critic.learner))
-            tensors["critic"] = {k: v.detach().clone() for k, v in learned.items()}
-            tensors["critic_optimizer"] = checkpoint.optimizer_tensors(run.critic.optimizer, learned)
+    for critic in run.critic.members if run.critic else ():
+        with critic.entered():
+            learned = dict(trained(critic.learner))
+            tensors[critic.model.name] = {k: v.detach().clone() for k, v in learned.items()}
+            tensors[f"{critic.model.name}_optimizer"] = checkpoint.optimizer_tensors(critic.optimizer, learned)
     reference = run.parts.teachers.reference
     if reference is not None:
         tensors["reference"] = _own_weights(reference)
@@ -163,11 +163,12 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
             setattr(teachers, role, copy)
     if "critic" in tensors:
         run.critic = teachers.critic = new_critic(run)
-        with run.critic.entered():
-            learner = run.critic.learner
-            load_weights(learner, tensors["critic"], place)
-            checkpoint.restore_optimizer(run.critic.optimizer, dict(trained(learner)), tensors["critic_optimizer"])
-        run.critic.steps = run.at.critic_steps
+        for critic in run.critic.members:
+            with critic.entered():
+                learner, name = critic.learner, critic.model.name
+                load_weights(learner, tensors[name], place)
+                checkpoint.restore_optimizer(critic.optimizer, dict(trained(learner)), tensors[f"{name}_optimizer"])
+            critic.steps = run.at.critic_steps
 
 
 def said_before(folder: RunFolder) -> dict[tuple[str, str], list[tuple[str, bool]]]:
@@ -184,8 +185,8 @@ def begin_from(run: Run, origin: Path) -> None:
     run.folder.event(0, "note", f"began with the student of {origin}")
 
 
-def new_critic(run: Run) -> Critic:
-    """The critic at its start. Its settings are the recipe's alone: stages share one critic."""
+def new_critic(run: Run) -> Critics:
+    """The critic at its start. Its settings are the recipe's alone: stages share one critic, or one set of several."""
     settings, shared = run.recipe.critic, run.recipe.train
     chosen = Optim(
         lr=settings.lr,
@@ -204,7 +205,9 @@ def new_critic(run: Run) -> Critic:
             device=run.student.model.device,
             trust_remote_code=student.trust_remote_code,
         )
-    return beside(run.student.model, chosen, seed=run.recipe.run.seed, score_l2=settings.score_l2, start=start)
+    number = max(learned.objective.critics for leg in run.legs for learned in leg.method.loss.learned)
+    seed = run.recipe.run.seed
+    return critics(number, run.student.model, chosen, seed=seed, score_l2=settings.score_l2, start=start)
 
 
 def held_against(before: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from opd.batch import Batch
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
-from opd.critic import Critic, Pairs, pair_up
+from opd.critic import Critics, Pairs, pair_up
 from opd.engines.base import Sampling, Spoken
 from opd.engines.local import generate
 from opd.errors import UsageError
@@ -44,7 +44,7 @@ class Teachers:
     came_next: Next | None = None  # what follows an answer, for the view `hint`
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
-    critic: Critic | None = None
+    critic: Critics | None = None
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
     seed: int = 0
     rows: int = 64
@@ -190,22 +190,23 @@ class Teachers:
         return replace(batch, rollouts=tuple(rows), position_N=position_N), shown_B
 
     def scores(self, batch: Batch) -> Tensor:
-        """[B] the critic's score of each student row; nan for rows of other speakers.
+        """[K, B] each critic's score of each student row; nan for rows of other speakers.
 
         A truncated answer gets the lowest score of the finished ones of its group, or the same as the others where none
         finished: it is not shown to the critic, which would read "no stop token" and nothing else.
         """
         assert self.critic is not None, "a score is asked and no critic learns"
-        score_B = torch.full((len(batch.rollouts),), float("nan"), dtype=batch.behaviour_N.dtype)
+        shape = (len(self.critic.members), len(batch.rollouts))
+        score_KB = torch.full(shape, float("nan"), dtype=batch.behaviour_N.dtype)
         finished = [i for i, r in enumerate(batch.rollouts) if r.speaker == "student" and r.finish != "length"]
         if finished:
             rows = [self.renderer.canonical(batch.rollouts[i]).tokens for i in finished]
-            score_B[finished] = self.critic.score(rows).to(score_B)
+            score_KB[:, finished] = self.critic.each(rows).to(score_KB)
         for i, rollout in enumerate(batch.rollouts):
             if rollout.speaker == "student" and rollout.finish == "length":
-                group = score_B[(batch.group_B.cpu() == batch.group_B[i].cpu()) & ~score_B.isnan()]
-                score_B[i] = group.min() if len(group) else 0.0
-        return score_B.to(batch.row_N.device)
+                mates_B = (batch.group_B.cpu() == batch.group_B[i].cpu()) & ~score_KB[0].isnan()
+                score_KB[:, i] = score_KB[:, mates_B].amin(1) if mates_B.any() else 0.0
+        return score_KB.to(batch.row_N.device)
 
     def pairs(self, rollouts: Sequence[Rollout], good: str) -> Pairs:
         """Student rollouts against the good speaker's text for the same prompts, as the critic reads them."""

@@ -43,6 +43,26 @@ def degenerate_groups(value_B: Tensor, group_B: Tensor, min_std: float = 0.0) ->
     return live_G[index_B] == 0
 
 
+def combined(value_KB: Tensor, group_B: Tensor, how: str, width: float = 1.0) -> Tensor:
+    """[B] one number a row out of K critics': `mean`, `minimum`, or `lower_bound`, the mean - width * deviation.
+
+    A critic that learned from pairs is known up to a number per prompt, so each is centred in its group first: else the
+    minimum would be the whole word of the critic that happens to lie lowest. The deviation is over critics, of K.
+    """
+    if how == "mean" or len(value_KB) == 1:
+        return value_KB.mean(0)
+    centred_KB = torch.stack([group_advantage(value_B, group_B, std=False) for value_B in value_KB])
+    if how == "minimum":
+        return centred_KB.amin(0)
+    return centred_KB.mean(0) - width * centred_KB.std(0, correction=0)
+
+
+def disagreement(value_KB: Tensor, group_B: Tensor) -> Tensor:
+    """Deviation over critics of what they give a row beside its group, averaged over rows; 0 of one critic."""
+    centred_KB = torch.stack([group_advantage(value_B, group_B, std=False) for value_B in value_KB])
+    return centred_KB.std(0, correction=0).mean()
+
+
 def evident(credit_N: Tensor, evidence_N: Tensor, share: float, eps: float) -> Tensor:
     """credit [(1 - share) + share clip(w, 1 - eps, 1 + eps)], w = exp(sign(credit) evidence) (RLSD, arXiv 2604.03128).
 

@@ -27,7 +27,7 @@ def kdrl(
     """Follow the reward as GRPO does, and the teacher by `beta` times the reverse KL on the same samples.
 
     Speaks: student, `group` samples a prompt. Judge: teacher; says TOKEN. Reads the task's reward.
-    Loss: GRPO's, plus `beta` times mean over tokens of -[log teacher - log student](y_t), both at the student now.
+    Loss: GRPO's, plus `beta` times mean over tokens of -[log teacher - log student] of the sampled token, now.
     `spare_correct` leaves rows whose reward is above `success` to the reward alone; they still count in the mean. At
     beta 0 it is GRPO with the same arguments, and the teacher is not asked.
     Gradient: of the second term beta (log student - log teacher) grad log student: that of the k2 estimate, whose mean

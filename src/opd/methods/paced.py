@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from opd.gates import pass_rate
 from opd.divergences import Divergence
+from opd.gates import pass_rate
 from opd.loss import Per, match
 from opd.method import TEACHER, Group, Method, NotNegative, one
 

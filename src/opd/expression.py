@@ -9,7 +9,7 @@ the whole batch, before it is cut, and the tile reads the result: so neither mic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -74,8 +74,18 @@ class Whole(Scope, Protocol):
     def reward(self) -> Tensor:
         """[B] the task's."""
 
+    @property
+    def prompt(self) -> Tensor:
+        """[B] rows of one prompt share a number, whoever spoke them."""
+
     def scored(self, judge: Judge) -> Tensor:
         """[B] what a critic gave each row."""
+
+    def spoken_by(self, speaker: str) -> Tensor:
+        """[B] whether this speaker spoke the row."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over all ranks. Every rank asks for the same sums in the same order."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +101,10 @@ class Expression:
     def value(self, scope: Scope) -> Tensor:
         """[N] under any scope; what reaches wider than a token is read from the batch's column."""
         return scope.column(self) if self.reach > Reach.TOKEN else self.at(scope)
+
+    def measures(self, scope: Any) -> Mapping[str, Tensor]:
+        """For the record: values by name, of which the mean over the batch is told. Wide expressions are asked alone."""
+        return {}
 
     @property
     def children(self) -> tuple[Expression, ...]:

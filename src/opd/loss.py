@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
-from opd.anchors import Logp, behaviour
+from opd.anchors import Logp, behaviour, live
 from opd.divergences import Divergence
 from opd.expression import Expression, Scope, union
 from opd.schedule import Coefficient, Schedule
@@ -94,6 +94,7 @@ class Push:
 
     def __str__(self) -> str:
         ratio = f"exp(log π - {self.anchor})" if isinstance(self.anchor, Logp) else f"π / anchor[{self.anchor}]"
+        ratio = "log π" if self.anchor == live() else ratio  # a ratio of 1, with the gradient of log π
         inside = f"{ratio} · [{self.credit}]"
         return f"-{inside}" if self.clip is None else f"-clip[-{self.clip[0]:g}, +{self.clip[1]:g}]({inside})"
 

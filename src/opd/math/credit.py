@@ -67,7 +67,8 @@ def discounted(credit_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
 def future(credit_N: Tensor, row_N: Tensor, *, mean: bool) -> Tensor:
     """The sum or the mean of a row's credits after each token, exactly 0 at its last: MiniLLM's R_{t+1}.
 
-    arXiv 2306.08543, section 2.2. The mean divides by the number of summands (the paper prints one less, which would be 0 before the last token).
+    arXiv 2306.08543, section 2.2. The mean divides by the number of summands; the paper prints one less, which would be
+    0 before the last token.
     """
     togo_N = discounted(credit_N, row_N, 1.0)
     out_N = torch.zeros_like(credit_N)

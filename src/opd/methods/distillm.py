@@ -33,8 +33,11 @@ def distillm(
     """
     if alpha == 1:
         raise ValueError("a skew of alpha = 1 compares a distribution with itself: choose a share below 1")
-    skewed = lambda name: match(TEACHER, Divergence(name, (("alpha", alpha),)))
+    forward, reverse = (
+        match(TEACHER, Divergence(name, (("alpha", alpha),))) for name in ("skew_forward_kl", "skew_reverse_kl")
+    )
     if form != "contrastive":
-        return Method(speaks=student_or_data(on_policy), loss=skewed(form).per(per), group=group)
-    loss = 0.5 * skewed("skew_forward_kl").on("teacher") + 0.5 * skewed("skew_reverse_kl").on("student")
+        chosen = forward if form == "skew_forward_kl" else reverse
+        return Method(speaks=student_or_data(on_policy), loss=chosen.per(per), group=group)
+    loss = 0.5 * forward.on("teacher") + 0.5 * reverse.on("student")
     return Method(speaks=both("teacher", "student"), loss=loss.per(per), group=group)

@@ -32,8 +32,8 @@ def minillm(
     rewards doubled and held in +-100; w_t stands inside the clip, not on the divergence; the pretraining loss is half
     cross entropy, half forward KL.
     Gradient: through the distribution at each token and through log pi of the sampled one. On-policy (alpha 0), per
-    sequence_sum and without `length_norm` its expectation is the exact gradient of the sequences' reverse KL; with a
-    blend only the product of all w up to t would be unbiased, and the paper takes its last factor.
+    sequence_sum and without `length_norm` its expectation is the exact gradient of the sequences' reverse KL. With a
+    blend only the product of w over the whole answer would be unbiased; the paper takes the one factor w_t instead.
     Source: MiniLLM, arXiv 2306.08543, eq. 4-9 and algorithm 1; LMOps `minillm/losses.py` for the official form.
     Differs from the paper in: the mean over tokens (`per: sequence_sum` is its sum), which rescales the learning rate;
     the pretraining loss is on the answers that the data records for the same prompts, not on documents of a corpus;

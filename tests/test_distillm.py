@@ -4,8 +4,9 @@ import pytest
 import torch
 from tabled import V, gradient, hear, packed, random_rollouts, random_table, relative, table
 
+from opd.divergences import Divergence
 from opd.errors import UsageError
-from opd.loss import Divergence, match
+from opd.loss import match
 from opd.method import TEACHER, both, build
 
 

@@ -103,7 +103,7 @@ class Expression:
         return scope.column(self) if self.reach > Reach.TOKEN else self.at(scope)
 
     def measures(self, scope: Any) -> Mapping[str, Tensor]:
-        """For the record: values by name, of which the mean over the batch is told. Wide expressions are asked alone."""
+        """For the record: values by name, of which the batch's mean is told. Only wide expressions are asked."""
         return {}
 
     @property

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from opd.loss import Divergence, Per, match
+from opd.divergences import Divergence
+from opd.loss import Per, match
 from opd.method import TEACHER, Coefficient, Group, Method, Share, both, student_or_data
 
 

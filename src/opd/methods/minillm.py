@@ -6,8 +6,9 @@ from typing import Literal
 
 from opd.anchors import old
 from opd.credits import bounded, discounted, future, log_ratio, per_remaining, whitened
+from opd.divergences import Divergence
 from opd.gates import importance
-from opd.loss import Divergence, Per, match, nll, push
+from opd.loss import Per, match, nll, push
 from opd.method import TEACHER, Clip, Coefficient, Group, Method, Share, both, one
 
 

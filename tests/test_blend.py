@@ -147,6 +147,36 @@ def test_behaviour_is_the_mixture_of_what_student_and_teacher_say_of_it(people: 
     assert (batch.behaviour_N - student.logp(batch)).abs().max() > 0.05
 
 
+@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize(("own", "other"), [("bfloat16", "float32"), ("float32", "bfloat16")])
+def test_each_half_computes_in_its_own_type_and_adapter(lora: int | None, own: str, other: str) -> None:
+    """The exact half is exact beside one that rounds: what is recorded differs from the mixture by the rounding of the
+    other half alone, and by nothing where that half has almost no share."""
+    from opd.assemble import load_tokenizer
+    from opd.batch import pack
+
+    tokenizer = load_tokenizer("world:student")
+    vocab, place = len(tokenizer), {name: world.path(f"world:{name}") for name in ("student", "teacher")}
+    student = load(place["student"], vocab=vocab, dtype=own, lora=lora)
+    if lora:  # an adapter that does something
+        with torch.no_grad():
+            for name, weight in student.module.named_parameters():
+                if "lora_B" in name:
+                    weight.normal_(0, 0.3, generator=torch.Generator().manual_seed(0))
+    teacher = load(place["teacher"], vocab=vocab, dtype=other, frozen=True)
+    voice = renderer(tokenizer, stop_ids=student.stop_ids)
+    learner, teachers = Student(student, Optim()), Teachers(voice, student, {"teacher": teacher})
+    share = 0.999 if other == "float32" else 0.001  # nearly all of it by the half that is exact
+    method = build("minillm", {"pretrain": 0.0, "alpha": share})
+    batch = teachers.hear(pack(rollouts((learner, teachers), method), temperature=TAU), method.needs)
+    (judge,) = method.needs
+    mixed = torch.logaddexp(learner.logp(batch) + np.log(1 - share), batch.judged(judge) + np.log(share))
+    likely = mixed > -4  # where the rounded half is not most of what there is
+    assert (batch.behaviour_N - mixed)[likely].abs().max() < 1e-2
+    assert (batch.behaviour_N - mixed).abs().median() < 1e-4
+    assert all(p.requires_grad == ("lora" in n) for n, p in student.module.named_parameters()) or not lora
+
+
 def test_without_a_share_the_rollouts_are_the_plain_students(people: tuple[Student, Teachers]) -> None:
     plain = rollouts(people, build("token_opd"))
     assert rollouts(people, build("minillm", {"alpha": 0.0, "pretrain": 0.0})) == plain

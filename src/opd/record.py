@@ -192,6 +192,8 @@ def flops(
     for judge, says in method.needs.items():
         if says in (Says.TOKEN, Says.DENSE):
             total += 2 * _asked(teachers, judge.role, batch)
+    if method.speaks.blend is not None:  # the other half of a blend decodes along
+        total += 2 * teachers.size(method.speaks.blend[0]) * _length(students)
     if critic is not None and method.loss.learned:
         per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
         total += per_token * parameters(critic.model) * _length(students) * (1 + 1 / max(1, method.group))

@@ -132,9 +132,16 @@ def speak(
     samples: int = 1,
     temperature: float = 1.0,
     reward: Callable[[Sequence[int]], float] | None = None,
+    blend: tuple[CausalModel, float] | None = None,
 ) -> list[Rollout]:
-    """Answers sampled from a table, all rows at once; only the student's carry the probability they were drawn with."""
+    """Answers sampled from a table, all rows at once; only the student's carry the probability they were drawn with.
+
+    With `blend` the student's tokens are drawn from a mixture with another table, of which that has this share.
+    """
     logp_SV = table(model, temperature).detach()
+    if blend is not None and speaker == "student":
+        other, share = blend
+        logp_SV = (share * table(other, temperature).detach().exp() + (1 - share) * logp_SV.exp()).log()
     asked = [(n, s) for n in numbers for s in range(samples)]
     last = torch.tensor([prefix(n)[-1] for n, _ in asked])
     place = torch.tensor([len(prefix(n)) - 1 for n, _ in asked])

@@ -165,15 +165,17 @@ def test_learns(name):
     first = model.frozen_copy("reference")
     learner, g = Student(model, Optim(clip=0.0)), torch.Generator().manual_seed(0)
     worth = lambda said: sum(t == GOOD for t in said) / LENGTH
+    voices = {"student": model, "reference": first}  # everybody else speaks as the teacher
+    blend = None if method.speaks.blend is None else (teacher, method.speaks.blend[1])
     before = gap(method.goal, model, teacher)
     for step in range(STEPS):
         numbers = range(PROMPTS)
         said: list[Rollout] = []
         for number in numbers:
-            names = method.speaks.of(step * PROMPTS + number)
+            names = method.speaks.of(step * PROMPTS + number, step)
+            samples = ROWS // PROMPTS // len(names)
             for who in names:
-                speaker = model if who == "student" else teacher
-                said += speak(speaker, [number], who, g, samples=ROWS // PROMPTS // len(names), reward=worth)
+                said += speak(voices.get(who, teacher), [number], who, g, samples, reward=worth, blend=blend)
         batch = packed(said)
         s, t = Student(model, Optim()).logp(batch), Student(teacher, Optim()).logp(batch)
         ranks = torch.zeros(len(said), dtype=F64).index_add(0, batch.row_N, t - s)  # what the best critic would say
@@ -195,9 +197,9 @@ def test_raises_the_token_it_should(name):
     uniform = -torch.log(torch.tensor(float(V), dtype=F64)).item()
     rows = []
     for who in method.speaks.names:
-        if who == "student":
-            each = [rollout(0, who, prefix(0), [(v, uniform)], sample=v, reward=float(v == GOOD)) for v in range(V)]
-            rows += each
+        if who in ("student", "reference"):  # the reference is the student that knows nothing
+            logp, worth = (uniform, lambda v: float(v == GOOD)) if who == "student" else (float("nan"), lambda v: None)
+            rows += [rollout(0, who, prefix(0), [(v, logp)], sample=v, reward=worth(v)) for v in range(V)]
         else:
             rows.append(rollout(0, who, prefix(0), [(GOOD, float("nan"))]))
     judges = {"*": sure, "reference": random_table(None)}

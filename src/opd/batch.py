@@ -132,6 +132,7 @@ class Prepared:
     weight_KN: Tensor  # [terms, N]
     columns: Mapping[Expression, Tensor]  # each [N]
     step: int = 0
+    measures: Mapping[str, Tensor] = field(default_factory=dict)  # values that wide expressions tell for the record
 
     @property
     def live_rows(self) -> Tensor:
@@ -142,9 +143,10 @@ class Prepared:
 class WholeScope:
     """The scope of all tokens of an optimizer batch, for expressions that reach wider than one (`expression.Whole`)."""
 
-    def __init__(self, batch: Batch, live_N: Tensor | None, step: int) -> None:
+    def __init__(self, batch: Batch, live_N: Tensor | None, step: int, total: Total | None = None) -> None:
         self.batch, self._live_N, self.step = batch, live_N, step
         self.row, self.group = batch.row_N, batch.group_B
+        self.total: Callable[[Tensor], Tensor] = total or _here
 
     @property
     def behaviour(self) -> Tensor:
@@ -167,6 +169,16 @@ class WholeScope:
     def finished(self) -> Tensor:
         ended = [r.finish != "length" for r in self.batch.rollouts]
         return torch.tensor(ended, dtype=torch.bool, device=self.row.device)
+
+    @property
+    def prompt(self) -> Tensor:
+        numbers: dict[str, int] = {}
+        of_B = [numbers.setdefault(r.prompt.id, len(numbers)) for r in self.batch.rollouts]
+        return torch.tensor(of_B, dtype=torch.long, device=self.row.device)
+
+    def spoken_by(self, speaker: str) -> Tensor:
+        own = [r.speaker == speaker for r in self.batch.rollouts]
+        return torch.tensor(own, dtype=torch.bool, device=self.row.device)
 
     def judged(self, judge: Judge) -> Tensor:
         return self.batch.judged(judge)
@@ -196,8 +208,9 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
     Each term is divided by its own loss tokens (or sequences) over the whole optimizer batch; `total` adds the counts
     over ranks. Raises `OpdError` where a column is nan or infinite on a token that counts: a missing score is never 0.
     """
-    scope = WholeScope(batch, live_N, step)
+    scope = WholeScope(batch, live_N, step, total)
     columns: dict[Expression, Tensor] = {}
+    measures: dict[str, Tensor] = {}
     weights, problems = [], []
     for term in loss.token_terms:
         own = [term.source in (None, r.speaker) for r in batch.rollouts]
@@ -218,6 +231,7 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             for wide in (w for e in term.expressions for w in e.wide()):
                 if wide not in columns:
                     columns[wide] = wide.at(scope).detach()
+                    measures |= wide.measures(scope)
                 read[f"[{wide}]"] = columns[wide]
         if "behaviour" in term.reads:
             read["the log-probability they were sampled with"] = batch.behaviour_N
@@ -239,7 +253,7 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
     if problems:
         raise OpdError("; ".join(problems) + ": a missing score would teach as if it were one, so the run stops here")
     weight_KN = torch.stack(weights) if weights else batch.behaviour_N.new_zeros((0, len(batch.row_N)))
-    return Prepared(weight_KN, columns, step)
+    return Prepared(weight_KN, columns, step, measures)
 
 
 class Total:

@@ -126,6 +126,109 @@ class Evident(Expression):
         return f"({self.inner}) · (1 + {share} (clip[±{self.eps:g}](exp(±({self.evidence}))) - 1))"
 
 
+@dataclass(frozen=True)
+class Future(Expression):
+    """The credits of the tokens after this one: their mean, or their sum. Of the last token 0."""
+
+    inner: Expression
+    mean: bool
+    parts = ("inner",)
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        return math.credit.future(self.inner.value(scope), scope.row, mean=self.mean)
+
+    def __str__(self) -> str:
+        return f"{'mean' if self.mean else 'Σ'}_k>t ({self.inner})_k"
+
+
+@dataclass(frozen=True)
+class PerRemaining(Expression):
+    """A credit over the number of tokens left in its row, itself included."""
+
+    inner: Expression
+    parts = ("inner",)
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        return self.inner.value(scope) / math.credit.remaining(scope.row, self.inner.value(scope).dtype)
+
+    def __str__(self) -> str:
+        return f"({self.inner}) / (T - t + 1)"
+
+
+@dataclass(frozen=True)
+class Whitened(Expression):
+    """A credit less its mean, over its deviation: both of all tokens of one speaker in the optimizer batch."""
+
+    inner: Expression
+    speaker: str
+    parts = ("inner",)
+    reach = Reach.BATCH
+
+    def at(self, scope: Whole) -> Tensor:
+        own_N = scope.spoken_by(self.speaker)[scope.row]
+        return math.credit.whitened(self.inner.value(scope), own_N, scope.total)
+
+    def __str__(self) -> str:
+        return f"whitened({self.inner})"
+
+
+@dataclass(frozen=True)
+class Bounded(Expression):
+    """A credit held between two numbers."""
+
+    inner: Expression
+    low: float
+    high: float
+    parts = ("inner",)
+
+    def at(self, scope: Scope) -> Tensor:
+        return self.inner.value(scope).clamp(self.low, self.high)
+
+    def __str__(self) -> str:
+        return f"bounded({self.inner}, {self.low:g}, {self.high:g})"
+
+
+@dataclass(frozen=True)
+class Preference(Expression):
+    """The weight that DPO gives to a row, + for a good and - for a bad one: beta * sigmoid(-z), the mean over pairs.
+
+    z = beta * (sum_t log student/reference of the good row - that of the bad row); a pair answers one prompt.
+    """
+
+    good: str
+    bad: str
+    reference: Judge
+    beta: float
+    reach = Reach.GROUP
+
+    def at(self, scope: Whole) -> Tensor:
+        z_BB, pair_BB = self._pairs(scope)
+        return math.credit.preference(z_BB, pair_BB, self.beta)[scope.row]
+
+    def measures(self, scope: Whole) -> dict[str, Tensor]:
+        z_BB, pair_BB = self._pairs(scope)
+        return math.credit.dpo(z_BB, pair_BB)
+
+    def _pairs(self, scope: Whole) -> tuple[Tensor, Tensor]:
+        gain_N = scope.live.detach() - scope.judged(self.reference)
+        good_B, bad_B = scope.spoken_by(self.good), scope.spoken_by(self.bad)
+        return math.credit.margins(self.beta * gain_N, scope.row, scope.prompt, good_B, bad_B)
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.reference: Says.TOKEN}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"live"})
+
+    def __str__(self) -> str:
+        z = f"z = {self.beta:g} Σ_t(log π - log {self.reference})"
+        return f"DPO: ±{self.beta:g} σ(-z), {z} of {self.good} less that of {self.bad}"
+
+
 def log_ratio(judge: Judge, against: Against = "live") -> Expression:
     """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient."""
     return LogRatio(judge, against)
@@ -156,3 +259,29 @@ def discounted(credit: Expression, gamma: float) -> Expression:
 def evident(credit: Expression, evidence: Expression, share: Coefficient, eps: float) -> Expression:
     """A credit whose size follows a log-ratio and whose sign stays; with a share of 0 the log-ratio is not asked."""
     return credit if share == 0 else Evident(credit, evidence, share, eps)
+
+
+def future(credit: Expression, *, mean: bool) -> Expression:
+    """What comes after a token: MiniLLM's R_{t+1}, its mean (length-normalised) or its sum."""
+    return Future(credit, mean)
+
+
+def per_remaining(credit: Expression) -> Expression:
+    """A reward-to-go over the number of tokens that it sums."""
+    return PerRemaining(credit)
+
+
+def whitened(credit: Expression, speaker: str = "student") -> Expression:
+    """Mean 0 and deviation 1 over all tokens of a speaker, in the whole optimizer batch and on all ranks."""
+    return Whitened(credit, speaker)
+
+
+def bounded(credit: Expression, low: float, high: float) -> Expression:
+    """A credit that cannot leave [low, high]."""
+    return Bounded(credit, low, high)
+
+
+def preference(good: str, bad: str, reference: Judge, *, beta: float) -> Expression:
+    """DPO as a credit: pushed with the anchor `live()`, per sequence_sum, on the good rows and on the bad rows, it has
+    the gradient of -log sigmoid(z)."""
+    return Preference(good, bad, reference, beta)

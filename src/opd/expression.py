@@ -9,7 +9,7 @@ the whole batch, before it is cut, and the tile reads the result: so neither mic
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -78,8 +78,18 @@ class Whole(Scope, Protocol):
     def finished(self) -> Tensor:
         """[B] whether each row ended by itself, and was not cut at its longest length."""
 
+    @property
+    def prompt(self) -> Tensor:
+        """[B] rows of one prompt share a number, whoever spoke them."""
+
     def scored(self, judge: Judge) -> Tensor:
         """[K, B] what each of the critics gave each row."""
+
+    def spoken_by(self, speaker: str) -> Tensor:
+        """[B] whether this speaker spoke the row."""
+
+    def total(self, x: Tensor) -> Tensor:
+        """A sum over all ranks. Every rank asks for the same sums in the same order."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +109,10 @@ class Expression:
     def log_ratio(self, live_N: Tensor, scope: Scope) -> Tensor:
         """[N] log of the student over this number, as a push's anchor; gradient through `live_N` alone."""
         return live_N - self.value(scope).detach()
+
+    def measures(self, scope: Any) -> Mapping[str, Tensor]:
+        """For the record: values by name, of which the batch's mean is told. Only wide expressions are asked."""
+        return {}
 
     @property
     def children(self) -> tuple[Expression, ...]:

@@ -175,6 +175,26 @@ class Unsure(Expression):
         return f"[H({self.judge}) > {self.nats:g}]"
 
 
+@dataclass(frozen=True)
+class Importance(Expression):
+    """old / behaviour: what a token that another distribution sampled is worth to the student's."""
+
+    def at(self, scope: Scope) -> Tensor:
+        return (scope.old - scope.behaviour).detach().exp()
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({"old", "behaviour"})
+
+    def __str__(self) -> str:
+        return "π_old/μ"
+
+
 def unsure(judge: Judge, nats: float) -> Expression:
     """A hard gate on the judge's entropy; needs DENSE."""
     return Unsure(judge, nats)
+
+
+def importance() -> Expression:
+    """The importance weight of each token: the student over the distribution that it was sampled from."""
+    return Importance()

@@ -91,8 +91,8 @@ class Push:
     needs: ClassVar[Any] = property(lambda self: {})
 
     def __str__(self) -> str:
-        anchor = "sg log π" if self.anchor == live() else str(self.anchor)
-        ratio = f"exp(log π - {anchor})" if isinstance(self.anchor, Logp) else f"π / anchor[{anchor}]"
+        ratio = f"exp(log π - {self.anchor})" if isinstance(self.anchor, Logp) else f"π / anchor[{self.anchor}]"
+        ratio = "log π" if self.anchor == live() else ratio  # a ratio of 1, with the gradient of log π
         inside = f"{ratio} · [{self.credit}]"
         return f"-{inside}" if self.clip is None else f"-clip[-{self.clip[0]:g}, +{self.clip[1]:g}]({inside})"
 

@@ -19,7 +19,7 @@ from annotated_types import Ge, Gt, Interval
 
 from opd.errors import UsageError
 from opd.loss import Learn, Loss, Objective, Push, learn
-from opd.schedule import Coefficient
+from opd.schedule import Coefficient, Schedule, value
 from opd.types import Judge, Says
 
 Share = Annotated[float, Interval(ge=0, le=1)]
@@ -41,31 +41,53 @@ TEACHER = Judge("teacher")
 
 @dataclass(frozen=True)
 class Speakers:
-    """Who samples the tokens: one speaker, a mixture by row, or both (rows of each for one prompt)."""
+    """Who samples the tokens: one speaker, a mixture by row, or both (rows of each for one prompt).
+
+    With `blend`, a role and a share, every token of the student's rows is drawn from a blend of the student's and that
+    role's distributions: the rows count as the student's, and `behaviour` is the blend's.
+    """
 
     kind: Literal["one", "mixture", "both"]
-    shares: tuple[tuple[str, float], ...]
+    shares: tuple[tuple[str, Coefficient], ...]
+    blend: tuple[str, float] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(name for name, share in self.shares if share > 0)
+        return tuple(name for name, share in self.shares if share != 0)
 
-    def of(self, index: int) -> tuple[str, ...]:
-        """Who speaks to the prompt with this running number: exact shares over the run, without a coin."""
+    def of(self, index: int, step: int = 0) -> tuple[str, ...]:
+        """Who speaks to the prompt with this running number: exact shares over the run, without a coin.
+
+        Shares that follow a schedule are those of this step of the stage, exact within it.
+        """
         if self.kind != "mixture":
             return self.names
-        left = sum(share for _, share in self.shares)
-        for name, share in self.shares[:-1]:  # of `index` prompts so far this speaker has had round(index * share)
+        shares = [(name, value(share, step)) for name, share in self.shares]
+        left = sum(share for _, share in shares)
+        for name, share in shares[:-1]:  # of `index` prompts so far this speaker has had round(index * share)
+            if left <= 0:
+                break
             before = round_half_up(index * share / left)
             if round_half_up((index + 1) * share / left) > before:
                 return (name,)
             index, left = index - before, left - share  # the others share the rest among themselves
         return (self.shares[-1][0],)
 
+    def blended(self, role: str, share: float) -> Speakers:
+        """The same, the student's tokens drawn from share * role + (1 - share) * student; a share of 0 is no blend."""
+        return replace(self, blend=(role, share) if share else None)
+
     def __str__(self) -> str:
         if self.kind == "mixture":
-            return " + ".join(f"{share:g} {name}" for name, share in self.shares)
-        return " and ".join(self.names)
+            said = " + ".join(
+                f"{share if isinstance(share, Schedule) else f'{share:g}'} {n}" for n, share in self.shares
+            )
+        else:
+            said = " and ".join(self.names)
+        if self.blend is None:
+            return said
+        role, share = self.blend
+        return said.replace("student", f"student (each token {share:g} {role} + {1 - share:g} student)")
 
 
 def round_half_up(x: float) -> int:
@@ -78,10 +100,22 @@ def one(name: str) -> Speakers:
     return Speakers("one", ((name, 1.0),))
 
 
-def mixture(**shares: float) -> Speakers:
-    """A mixture by prompt: `mixture(student=0.5, data=0.5)`; a share of 0 is left out."""
-    kept = tuple((name, share) for name, share in shares.items() if share > 0)
+def mixture(**shares: Coefficient) -> Speakers:
+    """A mixture by prompt: `mixture(student=0.5, data=0.5)`; a share of 0 is left out, a schedule never is."""
+    kept = tuple((name, share) for name, share in shares.items() if share != 0)
     return Speakers("mixture", kept) if len(kept) > 1 else one(kept[0][0])
+
+
+def student_or_data(on_policy: Coefficient) -> Speakers:
+    """The student speaks to this share of the prompts and the data to the rest; the share may be a schedule."""
+    ends = (on_policy.start, on_policy.end) if isinstance(on_policy, Schedule) else (on_policy,)
+    if any(not 0 <= end <= 1 for end in ends):
+        raise ValueError(f"on_policy = {on_policy} is a share of the prompts, and shares lie between 0 and 1")
+    if isinstance(on_policy, Schedule):
+        rest: Coefficient = replace(on_policy, start=1 - on_policy.start, end=1 - on_policy.end)
+    else:
+        rest = 1 - on_policy
+    return mixture(student=on_policy, data=rest)
 
 
 def both(*names: str) -> Speakers:
@@ -102,8 +136,10 @@ class Method:
 
     @property
     def needs(self) -> dict[Judge, Says]:
-        """What has to be heard of whom: the loss's needs, and text of whoever else speaks."""
+        """What has to be heard of whom: the loss's needs, text of whoever else speaks, distributions of a blend."""
         needs = dict(self.loss.needs)
+        if self.speaks.blend is not None:
+            needs[Judge(self.speaks.blend[0])] = Says.DENSE
         for name in self.speaks.names:
             if name not in ("student", "data"):
                 needs.setdefault(Judge(name), Says.TEXT)
@@ -220,7 +256,8 @@ def bind(method: Method, setting: Setting) -> None:
                 f"(there: {', '.join(setting.roles) or 'nothing'})"
             )
         elif not _suffices(gives[judge.role], says):
-            problems.append(_too_weak(name, judge.role, gives[judge.role], says))
+            blends = method.speaks.blend is not None and method.speaks.blend[0] == judge.role
+            problems.append(_too_weak(name, judge.role, gives[judge.role], says, blends))
     if "reward" in method.loss.reads and not setting.reward:
         problems.append(f"{name} reads the task's reward, and the recipe has none: add `reward: {{use: ...}}`")
     if "data" in method.speaks.names and not setting.responses:
@@ -229,7 +266,8 @@ def bind(method: Method, setting: Setting) -> None:
             "`messages` that end with the assistant's"
         )
     problems += _pushes_given_text(method, setting)
-    if setting.truncated_sampling and any(isinstance(t.head, Push) for t in method.loss.terms):
+    weighs = [t for t in method.loss.terms if isinstance(t.head, Push) or "behaviour" in t.reads]
+    if setting.truncated_sampling and weighs:
         problems.append(
             f"{name} pushes sampled tokens by their probabilities, and speak.{setting.truncated_sampling} samples from "
             "another distribution than the one it would be scored under: set it back to its full value"
@@ -251,13 +289,14 @@ _SAYS = {
 }
 
 
-def _too_weak(method: str, role: str, gives: Says, says: Says) -> str:
+def _too_weak(method: str, role: str, gives: Says, says: Says, blends: bool) -> str:
     if says is Says.SCORE:
         return f"{method} needs {_SAYS[says]} of `{role}`, which gives {_SAYS[gives]}. Only a critic gives scores"
     remedy = "a teacher given as `model:`"
     if gives is Says.TEXT:
         remedy += ", or a method that learns from text alone: gad, seqkd"
-    return f"{method} needs {_SAYS[says]} of `{role}`, which gives {_SAYS[gives]}. Use {remedy}"
+    why = " to draw every token from a blend of it and the student" if blends else ""
+    return f"{method} needs {_SAYS[says]} of `{role}`{why}, which gives {_SAYS[gives]}. Use {remedy}"
 
 
 def _pushes_given_text(method: Method, setting: Setting) -> list[str]:

@@ -66,7 +66,8 @@ def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[st
     `spoken` are all of them; the batch lacks those that no reward could judge.
     """
     students = [r for r in batch.rollouts if r.speaker == "student"]
-    given = [r for r in batch.rollouts if r.speaker != "student"]
+    given = [r for r in batch.rollouts if r.speaker not in ("student", "reference")]
+    snapshot = [r for r in batch.rollouts if r.speaker == "reference"]
     out = {
         "tokens/generated": float(sum(r.spoken for r in spoken if r.speaker == "student")),
         "tokens/trained": float(sum(r.spoken for r in _counted(batch, method))),
@@ -76,6 +77,8 @@ def describe(batch: Batch, method: Method, spoken: Sequence[Rollout]) -> dict[st
         out["length/truncated_share"] = sum(r.finish == "length" for r in students) / len(students)
     if given:
         out["length/teacher_tokens"] = sum(r.spoken for r in given) / len(given)
+    if snapshot:
+        out["length/reference_tokens"] = sum(r.spoken for r in snapshot) / len(snapshot)
     if "reward" in method.loss.reads:
         out |= {"reward/missing_share": 1 - len(batch.rollouts) / max(1, len(spoken))}
         out |= _spread("reward", batch.reward_B, batch, _min_std(method))
@@ -193,6 +196,8 @@ def flops(
     for judge, says in method.needs.items():
         if says in (Says.TOKEN, Says.DENSE):
             total += 2 * _asked(teachers, judge.role, batch)
+    if method.speaks.blend is not None:  # the other half of a blend decodes along
+        total += 2 * teachers.size(method.speaks.blend[0]) * _length(students)
     if critic is not None and method.loss.learned:
         per_token = 2 if all(learned.fixed for learned in method.loss.learned) else 2 + 6
         total += per_token * sum(map(parameters, critic.models)) * _length(students) * (1 + 1 / max(1, method.group))

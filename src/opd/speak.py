@@ -21,14 +21,17 @@ def speak(
     sampling: Sampling,
     seed: int,
     step: int,
+    stage_step: int = 0,
     cursor: int,
     rows: int,
 ) -> list[Rollout]:
     """The rollouts of one step, rows of a prompt together. `cursor` is the running number of the first prompt.
 
+    Noise is of the run's `step`, scheduled shares of the stage's.
+
     A prompt that stands twice in a step gets samples of other numbers, and so other noise, the second time.
     """
-    speakers = [method.speaks.of(cursor + i) for i in range(len(prompts))]
+    speakers = [method.speaks.of(cursor + i, stage_step) for i in range(len(prompts))]
     out: list[list[Rollout]] = [[] for _ in prompts]
     for place, rollout in _students(prompts, speakers, method, student, teachers, sampling, seed, step, rows):
         out[place].append(rollout)
@@ -70,7 +73,8 @@ def _students(
     repeats = max(turn) + 1
     renderer = teachers.renderer
     distinct = list({prompts[i].id: prompts[i] for i in asked}.values())
-    spoken = speak_with(student.model, renderer, distinct, method.group * repeats, sampling, seed, step, rows)
+    samples, blend = method.group * repeats, teachers.blend(method.speaks.blend)
+    spoken = speak_with(student.model, renderer, distinct, samples, sampling, seed, step, rows, blend)
     said = {p.id: each for p, each in zip(distinct, spoken, strict=True)}
     ids = {p.id: renderer.prompt_ids(p) for p in distinct}
     out = []

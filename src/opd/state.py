@@ -161,6 +161,7 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
             copy = run.student.model.frozen_copy(role)
             load_weights(copy.module, tensors[role], place, whole=False)
             setattr(teachers, role, copy)
+    teachers.stage = run.leg.name
     if "critic" in tensors:
         run.critic = teachers.critic = new_critic(run)
         for critic in run.critic.members:

@@ -168,6 +168,8 @@ class Student:
         prepared = prepare(loss, batch, step, live, total)
         counted = set(batch.row_N[prepared.live_rows].tolist())
         tally = Tally()
+        for name, values in prepared.measures.items():
+            tally.mean(name, values)
         for cut in micro_batches(batch, sorted(counted), self.optim.tokens_per_micro, self.model.layout):
             at_m = flat_index(batch, cut)
 

@@ -5,7 +5,8 @@ Shapes: B rows, N loss tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critics, Pairs, pair_up
 from opd.engines.base import Sampling, Spoken
+from opd.engines.blend import Blend
 from opd.engines.local import generate
 from opd.errors import UsageError
 from opd.head import token_logp
@@ -45,6 +47,7 @@ class Teachers:
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
     critic: Critics | None = None
+    stage: str = ""  # the one that runs: the reference is of its start
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
     seed: int = 0
     rows: int = 64
@@ -69,6 +72,14 @@ class Teachers:
         """Parameters of a role that work on each token, without loading a model that has left."""
         return self.cast.size(role) if role in self.cast else parameters(self.model(role))
 
+    def blend(self, chosen: tuple[str, float] | None) -> Blend | None:
+        """A role and its share as the other half of a blend; nothing of nothing."""
+        if chosen is None:
+            return None
+        role, share = chosen
+        model = self.model(role)
+        return Blend(model.module, share, lambda: _entered(model))
+
     # --- TEXT --------------------------------------------------------------------------------------------------------
 
     def texts(self, role: str, prompts: Iterable[Prompt]) -> dict[str, tuple[Rollout, ...]]:
@@ -76,35 +87,41 @@ class Teachers:
 
         Recorded answers are looked up. A model answers each prompt once (`answers_each`), with noise that depends on
         the prompt alone, so that a prompt meets the same text in every epoch and after every resume, as if it had been
-        recorded.
+        recorded. So does the reference, in every stage anew.
         """
-        asked = {p.id: p for p in prompts}
-        missing = [p for i, p in asked.items() if (role, i) not in self._said]
-        if role in self.cast:
-            self._ask(role, [p for p in missing if (role, p.id) not in self.heard])
+        asked, name = {p.id: p for p in prompts}, self._name(role)
+        missing = [p for i, p in asked.items() if (name, i) not in self._said]
+        if self._speaks_here(role):
+            self._ask(role, [p for p in missing if (name, p.id) not in self.heard])
         for prompt in missing:
-            self._said[role, prompt.id] = self._given(role, prompt)
-        return {i: self._said[role, i] for i in asked}
+            self._said[name, prompt.id] = self._given(role, prompt)
+        return {i: self._said[name, i] for i in asked}
+
+    def _name(self, role: str) -> str:
+        return f"reference of {self.stage}" if role == "reference" else role
+
+    def _speaks_here(self, role: str) -> bool:
+        return role in self.cast or role == "reference"
 
     def _given(self, role: str, prompt: Prompt) -> tuple[Rollout, ...]:
         """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
         given, limit = self.renderer.given, self.sampling.max_tokens
         recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
-        said = self.heard[role, prompt.id] if role in self.cast else recorded
+        said = self.heard[self._name(role), prompt.id] if self._speaks_here(role) else recorded
         return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
     def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
         """Let a teacher's model answer prompts that it has not answered yet."""
         if not prompts:
             return
-        model, voice = self.cast[role], self.voices.get(role, self.renderer)
+        model, voice, name = self.model(role), self.voices.get(role, self.renderer), self._name(role)
         each = self.answers_each.get(role, 1)
         said = speak_with(model, voice, prompts, each, self.sampling, self.seed, 0, self.rows)
         for prompt, answers in zip(prompts, said, strict=True):
             texts = [(voice.text(spoken.tokens), spoken.finish == "stop") for spoken in answers]
-            self.heard[role, prompt.id] = texts
+            self.heard[name, prompt.id] = texts
             for text, finished in texts:
-                self.write_down(role, prompt.id, text, finished)
+                self.write_down(name, prompt.id, text, finished)
 
     def look_back(self, rollouts: Sequence[Rollout], step: int) -> list[Rollout]:
         """The rollouts with the hints that what followed them gives."""
@@ -225,9 +242,13 @@ def speak_with(
     seed: int,
     step: int,
     rows: int,
+    blend: Blend | None = None,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> list[list[Spoken]]:
-    """`samples` answers a prompt from a model in this process, with the noise of (seed, step, prompt, sample)."""
+    """`samples` answers a prompt from a model in this process, with the noise of (seed, step, prompt, sample).
+
+    With `blend` each token is drawn from the mixture of the model's distribution and the other's.
+    """
     with adapter(model.module, model.adapter), model.autocast():
         return generate(
             model.module,
@@ -241,5 +262,15 @@ def speak_with(
             step=step,
             vocab=model.head.vocab,
             rows=rows,
+            blend=blend,
             on_progress=on_progress,
         )
+
+
+@contextmanager
+def _entered(model: CausalModel) -> Iterator[None]:
+    """Its adapter and its compute type, inside those of another model: what computes in float32 goes on doing so."""
+    half = model.compute in (torch.bfloat16, torch.float16)
+    kind, dtype = model.device.type, model.compute if half else None
+    with adapter(model.module, model.adapter), torch.autocast(kind, dtype=dtype, enabled=half):
+        yield

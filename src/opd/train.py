@@ -163,6 +163,7 @@ def _begin_stage(run: Run, steps: int) -> None:
     if leg.stage.start != "previous":
         snapshot.return_to(run.student.model, snapshot.place(run.folder.path, leg.stage.start))
     run.student.fresh_optimizer(optim(leg.stage.train))
+    teachers.stage = leg.name
     if any(j.role == "reference" for j in leg.method.needs):
         teachers.reference = run.student.model.frozen_copy("reference")
     if leg.method.ema is not None:
@@ -244,6 +245,7 @@ def _speak(run: Run) -> list[Rollout]:
         sampling=leg.sampling,
         seed=run.recipe.run.seed,
         step=at.step,
+        stage_step=at.leg_step,
         cursor=at.cursor,
         rows=run.recipe.speak.batch_rows,
     )

@@ -7,7 +7,7 @@ V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from opd.engines.base import Sampling, Spoken
+from opd.engines.blend import Blend, Blended
 from opd.engines.fused import fused
 from opd.engines.noise import key, uniform
 from opd.engines.plain import Plain
@@ -61,6 +62,7 @@ def generate(
     step: int,
     vocab: int | None = None,
     rows: int = 256,
+    blend: Blend | None = None,
     on_progress: Progress | None = None,
 ) -> list[list[Spoken]]:
     """`samples` answers to each of `prompts` (token ids); result[i][j] is sample j of prompt i.
@@ -68,7 +70,8 @@ def generate(
     `ids` are the prompts' `Prompt.id`: with `seed`, `step`, the sample number and the position they fix the noise, so
     the answer of a row depends neither on the other rows nor on `rows`, the most that decode together. Equal ids get
     equal noise. `stop_ids` end an answer and belong to it. Ids from `vocab` on (padding of the embedding) are never
-    spoken. `on_progress(finished, all)` counts rows.
+    spoken. With `blend`, tokens are drawn from a mixture of the model's distribution and another model's, both at the
+    sampling temperature, and `logp` is the mixture's. `on_progress(finished, all)` counts rows.
 
     The model is called as `model(input_ids=, attention_mask=, position_ids=, past_key_values=, use_cache=True,
     logits_to_keep=1)`, without gradient and in eval mode, which is undone afterwards.
@@ -78,7 +81,11 @@ def generate(
     """
     if len(ids) != len(prompts) or samples < 1 or rows < 1:
         raise ValueError(f"{len(prompts)} prompts, {len(ids)} ids, samples={samples}, rows={rows}")
-    _refuse_lengths(model, prompts, ids, sampling)
+    speakers = [model] if blend is None else [model, blend.model]
+    for speaker in speakers:
+        _refuse_lengths(speaker, prompts, ids, sampling)
+    if blend is not None and sampling.greedy:
+        raise UsageError("speak.temperature is 0, and a blend of two models is sampled from: set it above 0")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     jobs = [(prompt, sample) for prompt in by_length for sample in range(samples)]
     ids_N = np.array([key(ids[prompt]) for prompt, _ in jobs], dtype=np.uint64)
@@ -89,9 +96,16 @@ def generate(
         noise_TR = uniform(seed, step, ids_N[row], samples_N[row], position_TR.cpu().numpy())
         return torch.from_numpy(noise_TR).to(row_R.device)
 
-    with _speaking(model), torch.no_grad():
+    with ExitStack() as stack, torch.no_grad():
+        for speaker in speakers:
+            stack.enter_context(_speaking(speaker))
         device = next(model.parameters()).device
-        decoder = _decoder(model, max(map(len, prompts), default=0) + sampling.max_tokens, pad_id)
+        longest = max(map(len, prompts), default=0) + sampling.max_tokens
+        decoder = _decoder(model, longest, pad_id)
+        if blend is not None:
+            with blend.entered():
+                other = _decoder(blend.model, longest, pad_id)
+            decoder = Blended(decoder, other, blend, sampling.temperature, vocab)
         speech = _Speech(decoder, noise, sampling, stop_ids, vocab, len(jobs), device)
         begun = 0
         while begun < len(jobs) or speech.live:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -117,3 +118,60 @@ def discounted(credit_N: Tensor, row_N: Tensor, gamma: float) -> Tensor:
         carry_B[live] = credit_N[at] + gamma * carry_B[live]
         out[at] = carry_B[live]
     return out
+
+
+def future(credit_N: Tensor, row_N: Tensor, *, mean: bool) -> Tensor:
+    """The sum or the mean of a row's credits after each token, exactly 0 at its last: MiniLLM's R_{t+1}.
+
+    arXiv 2306.08543, section 2.2. The mean divides by the number of summands; the paper prints one less, which would be
+    0 before the last token.
+    """
+    togo_N = discounted(credit_N, row_N, 1.0)
+    out_N = torch.zeros_like(credit_N)
+    out_N[:-1] = torch.where(row_N[1:] == row_N[:-1], togo_N[1:], out_N[1:])
+    return out_N / (remaining(row_N, credit_N.dtype) - 1).clamp_min(1) if mean else out_N
+
+
+def remaining(row_N: Tensor, dtype: torch.dtype) -> Tensor:
+    """[N] how many tokens of its row are left, each token itself included."""
+    return discounted(torch.ones(len(row_N), dtype=dtype, device=row_N.device), row_N, 1.0)
+
+
+def whitened(credit_N: Tensor, own_N: Tensor, total: Reduce) -> Tensor:
+    """Credits less the mean of `own_N` tokens, over their deviation (population, 1e-8 added to the variance).
+
+    `total` adds a tensor over ranks, so that every rank uses the numbers of the whole batch.
+    """
+    own: Reduce = lambda x_N: x_N.masked_fill(~own_N, 0.0).sum()
+    count = total(own_N.sum().to(credit_N.dtype)).clamp_min(1)
+    mean = total(own(credit_N)) / count
+    variance = total(own((credit_N - mean).square())) / count
+    return (credit_N - mean) * torch.rsqrt(variance + 1e-8)
+
+
+# --- preferences (DPO) ------------------------------------------------------------------------------------------------
+
+
+def margins(gain_N: Tensor, row_N: Tensor, prompt_B: Tensor, good_B: Tensor, bad_B: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, B] the sum of gains of row i less that of row j, and where i is a good and j a bad row of one prompt."""
+    total_B = gain_N.new_zeros(len(prompt_B)).index_add(0, row_N, gain_N)
+    pair_BB = good_B[:, None] & bad_B & (prompt_B[:, None] == prompt_B)
+    return total_B[:, None] - total_B, pair_BB
+
+
+def preference(z_BB: Tensor, pair_BB: Tensor, beta: float) -> Tensor:
+    """[B] +beta sigmoid(-z) of good rows and -beta sigmoid(-z) of bad ones, the mean over a row's pairs; else 0.
+
+    DPO's loss -log sigmoid(z), z = beta (log-ratio of the good row - of the bad row) (arXiv 2305.18290, eq. 7), has
+    the gradient -beta sigmoid(-z) (grad log pi(good) - grad log pi(bad)).
+    """
+    weight_BB = (beta * torch.sigmoid(-z_BB)).masked_fill(~pair_BB, 0.0)
+    goods, bads = pair_BB.sum(1).clamp_min(1), pair_BB.sum(0).clamp_min(1)
+    return weight_BB.sum(1) / goods - weight_BB.sum(0) / bads
+
+
+def dpo(z_BB: Tensor, pair_BB: Tensor) -> dict[str, Tensor]:
+    """Of every pair DPO's loss, whether the student orders it rightly (a tie is a half) and the margin z."""
+    z_P = z_BB[pair_BB].double()
+    right_P = (z_P > 0).double() + 0.5 * (z_P == 0).double()
+    return {"preference/loss": -F.logsigmoid(z_P), "preference/accuracy": right_P, "preference/margin": z_P}

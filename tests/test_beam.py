@@ -46,7 +46,7 @@ def everything(model: Any, prompt: list[int], stops: tuple[int, ...] = (STOP,)) 
 
 def found(model: Any, prompts: list[list[int]], beams: int, **changes: Any) -> Any:
     settings: dict[str, Any] = {"max_tokens": LONGEST, "stop_ids": (STOP,), "pad_id": 0, "vocab": VOCAB} | changes
-    return search(model, prompts, beams=beams, **settings)
+    return search(model, prompts, ids=[str(i) for i in range(len(prompts))], beams=beams, **settings)
 
 
 def test_wide_beams_find_the_likeliest_answers(model: Any) -> None:
@@ -117,3 +117,5 @@ def test_what_cannot_be_searched_is_refused(model: Any) -> None:
         found(model, PROMPTS, 3, answers=4)
     with pytest.raises(UsageError, match="which Linear lacks"):
         found(torch.nn.Linear(2, 2), PROMPTS, 3)
+    with pytest.raises(UsageError, match=r"a prompt of 5 tokens and speak\.max_tokens 30 need 35 positions"):
+        found(model, PROMPTS, 3, max_tokens=30)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.engines.base import Spoken
+from opd.engines.local import refuse_lengths
 from opd.errors import UsageError
 
 
@@ -20,6 +21,7 @@ def search(
     model: Any,
     prompts: Sequence[Sequence[int]],
     *,
+    ids: Sequence[str],
     beams: int,
     answers: int = 1,
     max_tokens: int,
@@ -34,12 +36,13 @@ def search(
     for length: the mode that Kim and Rush (arXiv 1606.07947, section 3.2) approximate. `stop_ids` end an answer; what
     has not ended after `max_tokens` competes as it is. Ids from `vocab` on are never spoken, and what a model's own
     generation settings say (penalties, other stops) does not count. At most `rows` beams go through the model at once.
-    Tokens carry nan for a log-probability: they were not sampled.
+    Tokens carry nan for a log-probability: they were not sampled. `ids` name the prompts where one is refused.
     """
     if not hasattr(model, "generate"):
         raise UsageError(f"`beams: {beams}` searches with transformers' `generate`, which {type(model).__name__} lacks")
     if answers > beams:
         raise UsageError(f"{answers} answers a prompt are asked of {beams} beams, which find {beams} at most")
+    refuse_lengths(model, prompts, ids, max_tokens)
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     together = max(1, rows // beams)
     said: dict[int, list[Spoken]] = {}

@@ -163,7 +163,7 @@ def test_recorded_answers_teach(tmp_path, method):
 
 
 def test_a_teacher_that_searches_says_its_likeliest_answer(tmp_path, monkeypatch):
-    """Written down once a prompt like sampled text, the likeliest two of what it finds; no less likely than the greedy."""
+    """Written down once a prompt like sampled text, the likeliest two it finds; no less likely than the greedy."""
     runs = driven.opened(monkeypatch)
     teacher = {"model": "world:teacher", "beams": 4, "samples": 2}
     stages = [{"method": "seqkd", "steps": 8}]

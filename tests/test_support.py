@@ -356,7 +356,7 @@ def test_the_document_says_what_the_code_does():
     """docs/sparse.md: each function of the module has its row, with its own support and direction."""
     text = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    said = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows}
+    said = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows if len(row) == 6}
     ways = {"forward_kl": "forward", "reverse_kl": "reverse", "weighed_reverse_kl": "reverse", "jsd": "between"}
     own = [(n, f) for n, f in inspect.getmembers(named, inspect.isfunction) if f.__module__ == named.__name__]
     made = {name: make(k=5) for name, make in own if not name.startswith("_")}

@@ -253,6 +253,8 @@ def test_entropy_aware_by_hand(nats, top_k, forward):
     states = [state(batch, r, p) for r, p in zip(batch.row_N.tolist(), batch.position_N.tolist(), strict=True)]
     open_share = float((entropy_S[states] > nats).double().mean())
     assert 0.1 < open_share < 0.9, "the gate does something here"
+    _, stats = gradient(random_table(1), batch, method.loss, tile=5, micro=9)
+    assert stats["gate/match_teacher_open_share"] == pytest.approx(open_share)
     checked(method, lambda z, t, y, old: surrogate(z, t, y, old) + forward * unsure_forward(z, t, nats, top_k))
 
 

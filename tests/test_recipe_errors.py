@@ -161,6 +161,10 @@ def test_roles_have_rules(folder: Path) -> None:
 def test_settings_without_effect_are_refused(folder: Path) -> None:
     (problem,) = refused(folder, RECIPE, "student.lora_alpha=32")
     assert "has no effect: there is no adapter. Set `student.lora`" in problem
+    (problem,) = refused(folder, STAGES, "teachers.teacher.beams=5")
+    assert "`teachers.teacher.beams` has no effect: recorded answers are not searched for" in problem
+    (problem,) = refused(folder, RECIPE, "teachers.teacher.beams=5", "teachers.teacher.samples=6")
+    assert "`teachers.teacher.samples` is 6, and 5 beams find 5 answers at most." in problem
 
 
 def test_secrets_are_refused_and_not_repeated(folder: Path) -> None:

@@ -16,7 +16,7 @@ from opd.errors import UsageError
 from opd.log import read
 from opd.model import load
 from opd.runs import measure
-from opd.teachers import speak_with
+from opd.teachers import search_with, speak_with
 
 NO_BAND = {"eval": {"every": 0, "length_band": None}}
 WARM = {"name": "warm-up", "method": "seqkd", "critic": {"learn": True, "alone_steps": 2, "group": 2}, "steps": 3}
@@ -160,6 +160,36 @@ def test_recorded_answers_teach(tmp_path, method):
         assert spoken <= recorded
         assert len({text.endswith("!") for text in spoken}) == 2
     assert not (folder / "answers.jsonl").read_bytes()
+
+
+def test_a_teacher_that_searches_says_its_likeliest_answer(tmp_path, monkeypatch):
+    """Written down once a prompt like sampled text, the likeliest two it finds; no less likely than the greedy."""
+    runs = driven.opened(monkeypatch)
+    teacher = {"model": "world:teacher", "beams": 4, "samples": 2}
+    stages = [{"method": "seqkd", "steps": 8}]
+    chosen = small(tmp_path, teachers={"teacher": teacher}, stages=stages, **NO_BAND)
+    summary, folder = run(chosen)
+    assert summary["status"] == "finished" and metrics(folder)[-1]["grad/norm"] > 0
+    written = read(folder / "answers.jsonl")
+    teachers = runs[0].parts.teachers
+    model, voice = teachers.model("teacher"), teachers.renderer
+    prompts = {p.id: p for p in world.prompts("sort", 14)}
+    found = search_with(model, voice, list(prompts.values()), 2, 10, 4, 64)
+    texts = {i: [voice.text(s.tokens) for s in each] for i, each in zip(prompts, found, strict=True)}
+    heard = {i: [row["response"] for row in written if row["prompt_id"] == i] for i in prompts}
+    assert heard == texts and all(one != other for one, other in texts.values())
+    greedy = speak_with(model, voice, list(prompts.values()), 1, Sampling(10, temperature=0.0), 0, 0, 64)
+    for prompt, (best, second), (plain,) in zip(prompts.values(), found, greedy, strict=True):
+        assert logp(model, voice, prompt, best) >= logp(model, voice, prompt, plain) - 1e-4
+        assert logp(model, voice, prompt, best) >= logp(model, voice, prompt, second) - 1e-4
+
+
+def logp(model, voice, prompt, said):
+    """The log-probability of an answer, of the whole row at once."""
+    asked = voice.prompt_ids(prompt)
+    with torch.no_grad():
+        logits = model.module(torch.tensor([[*asked, *said.tokens]])).logits[0, len(asked) - 1 : -1]
+    return float(logits[:, : model.head.vocab].log_softmax(-1)[range(len(said.tokens)), list(said.tokens)].sum())
 
 
 @pytest.mark.parametrize("method", ["seqkd", {"name": "gad", "group": 2}], ids=["seqkd", "gad"])

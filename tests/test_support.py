@@ -4,6 +4,7 @@ The fixed points of docs/sparse.md are found here by minimising, in float64, ove
 """
 
 import inspect
+import itertools
 import math
 from pathlib import Path
 
@@ -315,11 +316,47 @@ def test_reverse_kl_of_all_is_what_is_pushed():
     )
 
 
+@pytest.mark.parametrize(
+    ("start", "given_up"),
+    [
+        ([0.33, 0.23, 0.17, 0.13, 0.08, 0.06], []),
+        ([0.1, 0.1, 0.25, 0.2, 0.2, 0.15], [0, 1]),
+        ([0.05, *TEACHER[1:]], [0]),
+    ],
+)
+def test_a_capped_forward_kl_lets_go_of_what_it_is_far_from(start, given_up):
+    """OPSD's clip: near the teacher it converges to it; else q = 0 on C and p / (1 - P_C) off it, with a lower loss."""
+    cap = 0.05
+    q, value, _ = ends(Divergence("forward_kl", cap=cap), [x / sum(start) for x in start])
+    free = 1 - sum(TEACHER[v] for v in given_up)
+    want = [0.0 if v in given_up else p / free for v, p in enumerate(TEACHER)]
+    assert q.tolist() == pytest.approx(want, abs=1e-3)
+    assert value == pytest.approx(cap * len(given_up) + free * math.log(free), abs=1e-4)
+
+
+def test_a_capped_forward_kl_is_lowest_where_the_likeliest_tokens_are_given_up():
+    """The document's numbers: by every set of tokens that could be let go, and by the bound of each entry."""
+    cap, sets = 0.05, [c for n in range(6) for c in itertools.combinations(range(6), n)]
+    free = {c: 1 - sum(TEACHER[v] for v in c) for c in sets}
+    values = {c: cap * len(c) + f * math.log(f) for c, f in free.items()}
+    lowest = min(values, key=values.get)
+    assert lowest == (0, 1) and round(values[lowest], 3) == -0.264
+    text = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text()
+    row = lambda words: next(x for x in text.splitlines() if x.startswith(f"| {words}")).split("|")[2:-1]
+    teacher, least = row("the teacher gives a token"), row("and the student must")
+    for p, q in zip(map(float, teacher), map(float, least), strict=True):
+        assert round(p * math.exp(-cap / p), 3) == q
+        for slack, moves in ((1.01, True), (0.99, False)):
+            student = p * math.exp(-cap / p) * slack
+            s, t = f64([[student, 1 - student]]).log(), f64([[p, 1 - p]]).log()
+            assert bool(D.forward_kl(s, t)[0, 0] < cap) is moves
+
+
 def test_the_document_says_what_the_code_does():
     """docs/sparse.md: each function of the module has its row, with its own support and direction."""
     text = (Path(__file__).parent.parent / "docs" / "sparse.md").read_text()
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| `")]
-    said = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows}
+    said = {row[0].strip("`"): (row[2], row[3], row[4]) for row in rows if len(row) == 6}
     ways = {"forward_kl": "forward", "reverse_kl": "reverse", "weighed_reverse_kl": "reverse", "jsd": "between"}
     own = [(n, f) for n, f in inspect.getmembers(named, inspect.isfunction) if f.__module__ == named.__name__]
     made = {name: make(k=5) for name, make in own if not name.startswith("_")}

@@ -101,6 +101,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         seed=recipe.run.seed,
         rows=recipe.speak.batch_rows,
         answers_each={role: teacher.samples for role, teacher in recipe.teachers.items()},
+        beams={role: teacher.beams for role, teacher in recipe.teachers.items()},
     )
     specs = [{"use": r.use, "weight": r.weight, "args": dict(r.args)} for r in recipe.reward]
     scorers = rewards_module.load_all(specs, folder)

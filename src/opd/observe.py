@@ -26,6 +26,7 @@ def observe(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> No
     tally.mean("entropy/student_nats", math.divergence.entropy(tile.student(1.0))[on_n])
     _distances(loss, tile, on_n, tally)
     _trust(loss, tile, prepared, tally)
+    _gates(loss, tile, prepared, tally)
 
 
 def _distances(loss: Loss, tile: TileScope, on_n: torch.Tensor, tally: Tally) -> None:
@@ -55,3 +56,11 @@ def _trust(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> Non
         stopped_m = ((credit_m > 0) & (ratio_m > 1 + high)) | ((credit_m < 0) & (ratio_m < 1 - low))
         tally.mean("ratio/mean", ratio_m)
         tally.mean("ratio/clipped_share", stopped_m)
+
+
+def _gates(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> None:
+    """At which share of its tokens each gated term is let through."""
+    for k, term in enumerate(loss.token_terms):
+        if term.gates:
+            open_n = torch.stack([gate.value(tile) != 0 for gate in term.gates]).all(0)
+            tally.mean(f"gate/{term.name}_open_share", open_n[prepared.weight_KN[k, tile.at] != 0])

@@ -18,6 +18,7 @@ from opd.batch import Batch
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critics, Pairs, pair_up
+from opd.engines import beam
 from opd.engines.base import Sampling, Spoken
 from opd.engines.blend import Blend
 from opd.engines.local import generate
@@ -52,6 +53,7 @@ class Teachers:
     seed: int = 0
     rows: int = 64
     answers_each: Mapping[str, int] = field(default_factory=dict)  # texts that a model gives to a prompt, if not 1
+    beams: Mapping[str, int] = field(default_factory=dict)  # of models whose text is searched for, and not sampled
     heard: dict[tuple[str, str], list[tuple[str, bool]]] = field(default_factory=dict)  # of models: text, did it end
     write_down: Callable[[str, str, str, bool], None] = lambda *_: None  # told of each answer of a model
     _said: dict[tuple[str, str], tuple[Rollout, ...]] = field(default_factory=dict)
@@ -86,8 +88,8 @@ class Teachers:
         """What a role answers to each prompt, as rollouts of given text, by prompt id.
 
         Recorded answers are looked up. A model answers each prompt once (`answers_each`), with noise that depends on
-        the prompt alone, so that a prompt meets the same text in every epoch and after every resume, as if it had been
-        recorded. So does the reference, in every stage anew.
+        the prompt alone (or the likeliest text that `beams` find), so that a prompt meets the same text in every epoch
+        and after every resume, as if it had been recorded. So does the reference, in every stage anew.
         """
         asked, name = {p.id: p for p in prompts}, self._name(role)
         missing = [p for i, p in asked.items() if (name, i) not in self._said]
@@ -115,8 +117,11 @@ class Teachers:
         if not prompts:
             return
         model, voice, name = self.model(role), self.voices.get(role, self.renderer), self._name(role)
-        each = self.answers_each.get(role, 1)
-        said = speak_with(model, voice, prompts, each, self.sampling, self.seed, 0, self.rows)
+        each, beams = self.answers_each.get(role, 1), self.beams.get(role, 1)
+        if beams > 1:
+            said = search_with(model, voice, prompts, each, self.sampling.max_tokens, beams, self.rows)
+        else:
+            said = speak_with(model, voice, prompts, each, self.sampling, self.seed, 0, self.rows)
         for prompt, answers in zip(prompts, said, strict=True):
             texts = [(voice.text(spoken.tokens), spoken.finish == "stop") for spoken in answers]
             self.heard[name, prompt.id] = texts
@@ -274,3 +279,28 @@ def _entered(model: CausalModel) -> Iterator[None]:
     kind, dtype = model.device.type, model.compute if half else None
     with adapter(model.module, model.adapter), torch.autocast(kind, dtype=dtype, enabled=half):
         yield
+
+
+def search_with(
+    model: CausalModel,
+    renderer: Renderer,
+    prompts: Sequence[Prompt],
+    answers: int,
+    max_tokens: int,
+    beams: int,
+    rows: int,
+) -> list[list[Spoken]]:
+    """The likeliest `answers` a prompt that a model in this process finds with `beams` beams."""
+    with adapter(model.module, model.adapter), model.autocast():
+        return beam.search(
+            model.module,
+            [renderer.prompt_ids(p) for p in prompts],
+            ids=[p.id for p in prompts],
+            beams=beams,
+            answers=answers,
+            max_tokens=max_tokens,
+            stop_ids=renderer.stop_ids,
+            pad_id=0,
+            vocab=model.head.vocab,
+            rows=rows,
+        )

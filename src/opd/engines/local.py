@@ -83,7 +83,7 @@ def generate(
         raise ValueError(f"{len(prompts)} prompts, {len(ids)} ids, samples={samples}, rows={rows}")
     speakers = [model] if blend is None else [model, blend.model]
     for speaker in speakers:
-        _refuse_lengths(speaker, prompts, ids, sampling)
+        refuse_lengths(speaker, prompts, ids, sampling.max_tokens)
     if blend is not None and sampling.greedy:
         raise UsageError("speak.temperature is 0, and a blend of two models is sampled from: set it above 0")
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
@@ -147,7 +147,8 @@ def _speaking(model: nn.Module) -> Iterator[None]:
         torch.clear_autocast_cache()  # casts made without gradient must not reach a training forward
 
 
-def _refuse_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], ids: Sequence[str], sampling: Sampling) -> None:
+def refuse_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], ids: Sequence[str], max_tokens: int) -> None:
+    """Raises `UsageError` for a prompt without tokens, and where the longest leaves no room for `max_tokens`."""
     room = getattr(getattr(model, "config", None), "max_position_embeddings", None) or float("inf")
     problems = [
         f"prompt {i} has no tokens, and a model cannot begin without one"
@@ -155,10 +156,10 @@ def _refuse_lengths(model: nn.Module, prompts: Sequence[Sequence[int]], ids: Seq
         if not p
     ]
     longest = max(map(len, prompts), default=0)
-    if longest + sampling.max_tokens > room:
+    if longest + max_tokens > room:
         problems.append(
-            f"a prompt of {longest} tokens and speak.max_tokens {sampling.max_tokens} need "
-            f"{longest + sampling.max_tokens} positions, but the model has {room}: lower speak.max_tokens or drop the "
+            f"a prompt of {longest} tokens and speak.max_tokens {max_tokens} need "
+            f"{longest + max_tokens} positions, but the model has {room}: lower speak.max_tokens or drop the "
             "long prompts"
         )
     if problems:

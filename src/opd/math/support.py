@@ -29,7 +29,7 @@ def cut(s_nV: Tensor, t_nV: Tensor, *, whose: Whose, k: int, rest: Rest) -> tupl
         return s_nV, t_nV
     with torch.no_grad():
         if whose == "union":
-            ids_nK, again_nK = _either(s_nV.topk(k, -1).indices, t_nV.topk(k, -1).indices)
+            ids_nK, again_nK = _either(s_nV, t_nV, k)
         else:
             ids_nK, again_nK = (s_nV if whose == "student" else t_nV).topk(k, -1).indices, None
     kept = [x_nV.gather(-1, ids_nK) for x_nV in (s_nV, t_nV)]
@@ -47,10 +47,12 @@ def cut(s_nV: Tensor, t_nV: Tensor, *, whose: Whose, k: int, rest: Rest) -> tupl
             return _with_tail(s_nK), _with_tail(t_nK)
 
 
-def _either(a_nK: Tensor, b_nK: Tensor) -> tuple[Tensor, Tensor]:
-    """Both sets of ids side by side [n, 2K], and where one of them stands for the second time."""
-    again_nK = (a_nK[:, :, None] == b_nK[:, None, :]).any(1)
-    return torch.cat([a_nK, b_nK], -1), torch.cat([torch.zeros_like(again_nK), again_nK], -1)
+def _either(s_nV: Tensor, t_nV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids of both sides' top k side by side [n, 2k], and where one of them stands for the second time."""
+    own_nk, other_nk = s_nV.topk(k, -1).indices, t_nV.topk(k, -1).indices
+    held_nV = torch.zeros_like(s_nV, dtype=torch.bool).scatter(-1, own_nk, True)
+    again_nk = held_nV.gather(-1, other_nk)
+    return torch.cat([own_nk, other_nk], -1), torch.cat([torch.zeros_like(again_nk), again_nk], -1)
 
 
 def _with_tail(logp_nK: Tensor) -> Tensor:

@@ -92,6 +92,7 @@ class Teacher(Section):
     url: str | None = says("an OpenAI-compatible endpoint", None)
     cache: str | None = says("a folder of recorded scores", None)
     samples: Count = says("answers that a model gives to each prompt, where its text is read", 1)
+    beams: Count = says("above 1: its text is the likeliest that so many beams find, instead of sampled", 1)
     resident: bool = says("stays in memory; false: loaded when asked, and one such teacher at a time", True)
     licence: str | None = says("licence of what this teacher says, for the model card", None)
     dtype: Dtype = says("what the teacher computes in", "float32")

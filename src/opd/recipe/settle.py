@@ -134,6 +134,20 @@ def _teachers(teachers: Node) -> Iterator[Problem]:
         for home in homes:
             if home in _LATER:
                 yield Problem(teacher.items[home].origin, _LATER[home])
+        yield from _beams(teacher)
+
+
+def _beams(teacher: Node) -> Iterator[Problem]:
+    """Only a model searches, and it finds as many answers as it has beams."""
+    beams, samples = (teacher.items.get(key) for key in ("beams", "samples"))
+    if beams is None or not isinstance(beams.value, int) or beams.value <= 1:
+        return
+    if "answers" in teacher.given:
+        yield Problem(beams.origin, "has no effect: recorded answers are not searched for. Remove it, or give a model.")
+    if samples is not None and isinstance(samples.value, int) and samples.value > beams.value:
+        yield Problem(
+            samples.origin, f"is {samples.value}, and {beams.value} beams find {beams.value} answers at most."
+        )
 
 
 def _adapter(student: Node) -> Iterator[Problem]:

@@ -1,6 +1,6 @@
 """Distillation on real small models and GPT-written stories: what each method does, measured on prompts held out.
 
-    python bench/real.py [--world ../shared/world] [--seeds 17 18] [--only gad,char,white] [--quick]
+    python bench/real.py [--world ../shared/world] [--seeds 17 18] [--only gad char white] [--quick]
 
 One command: it cuts the stories into prompts and short answers, trains every arm with `opd train` on `recipes/real`,
 measures all of them on the test prompts, prints the tables and writes `bench/results/real.json`. Finished runs and

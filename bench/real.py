@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -315,11 +316,21 @@ def made(world: World, runs: Mapping[Any, Path], sizes: Mapping[str, int], args:
                 "seconds": json.loads((run / "summary.json").read_text())["seconds"],
                 "cpu_seconds": json.loads((run / "cpu.json").read_text()),
                 "tokens": json.loads((run / "summary.json").read_text())["tokens"],
+                "critic": critic_seen(run),
             }
             for (_, _, seed), run in runs.items()
         },
         **measure_all(world, runs),
     }
+
+
+def critic_seen(run: Path) -> dict[str, list[float]]:
+    """What the critic knew of fresh samples in the last stage: means of its first and of its last eight steps."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "event" not in row and row["stage"] == rows[-1]["stage"]]
+    names = [name for name in ("critic/accuracy", "critic/margin") if rows and name in rows[0]]
+    seen = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: [round(fmean(part), 4) for part in (each[:8], each[-8:])] for name, each in seen.items()}
 
 
 def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """Distillation on real small models and GPT-written stories: what each method does, measured on prompts held out.
 
-    python bench/real.py [--world ../shared/world] [--seeds 17 18] [--only gad,char,white] [--quick]
+    python bench/real.py [--world ../shared/world] [--seeds 17 18] [--only gad char white] [--quick]
 
 One command: it cuts the stories into prompts and short answers, trains every arm with `opd train` on `recipes/real`,
 measures all of them on the test prompts, prints the tables and writes `bench/results/real.json`. Finished runs and
-measurements are kept in `runs/real` and not made again; a run that was stopped is resumed. One thread.
+measurements are kept in `runs/real` and not made again; a run that was stopped is resumed. Of `real.json` only what was
+asked for is replaced: other parts and seeds stay. One thread.
 
 The world is a local folder with two pretrained story writers, `models/stories260K` (pieces of words) and
 `models/babyllama105` (characters), and stories by GPT-3.5 and GPT-4, `text/tinystories_{train,test}.jsonl`.
@@ -18,12 +19,14 @@ import json
 import os
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -36,6 +39,7 @@ from opd.lock import lock
 ROOT = Path(__file__).resolve().parent.parent
 ANSWER, PROMPT, SHORTEST, ANSWERS = 180, 70, 60, 4  # characters of an answer, of a prompt, at least; answers a prompt
 DEV_SHARE = 9  # one distinct prompt in nine is for tuning
+SEED = 17  # of the samples of models that no run made
 SENTENCE = re.compile(r"[.!?][\"”’']?(?=\s|$)")
 
 
@@ -137,8 +141,10 @@ def trained(arm: Arm, seed: int, world: Path, out: Path, extra: Sequence[str]) -
     """The run folder of an arm, trained now unless it is there; a run that was stopped goes on."""
     run, arguments = out / folder_of(arm, seed), command(arm, seed, world, out, extra)
     if status(run) != "finished":
-        if run.exists():
+        if (run / "recipe.yaml").is_file():
             arguments = ["train", "--resume", str(run), "--quiet"]
+        elif run.exists():  # killed before it began
+            shutil.rmtree(run)
         print("opd", *arguments, flush=True)
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         before = cpu_of_children()
@@ -182,7 +188,7 @@ def cast(
     return out
 
 
-def measure_all(world: World, runs: Mapping[tuple[str, str, int], Path], seeds: Sequence[int]) -> dict[str, Any]:
+def measure_all(world: World, runs: Mapping[tuple[str, str, int], Path]) -> dict[str, Any]:
     """Every model's numbers, and the contests: {"numbers": {part: {seed: {model: ..}}}, "contests": {..}}."""
     numbers: dict[str, Any] = {}
     contests: dict[str, Any] = {}
@@ -191,7 +197,7 @@ def measure_all(world: World, runs: Mapping[tuple[str, str, int], Path], seeds: 
         white = part == "white"
         keys = {name: f"{part}-{name}" if name == "start" else f"{part}-{name}-{seed}" for name in who}
         for name, make in who.items():
-            made = measured(world, keys[name], make, seeds[0] if name == "start" else seed, white=white)
+            made = measured(world, keys[name], make, SEED if name == "start" else seed, white=white)
             numbers.setdefault(part, {}).setdefault(str(seed), {})[name] = made
         fighters = {name: (keys[name], make) for name, make in who.items() if name != "start"}
         if not white and len(fighters) > 1:
@@ -211,7 +217,7 @@ def teacher_numbers(world: World) -> dict[str, Any]:
 
     out = {"gpt": kept(world.out / "measured" / "teacher-gpt.json", gpt)}
     for name, judge in world.judges.items():
-        out[name] = measured(world, f"untouched-{name}", lambda judge=judge: judge, 17, white=name == "stories260K")
+        out[name] = measured(world, f"untouched-{name}", lambda judge=judge: judge, SEED, white=name == "stories260K")
     return out
 
 
@@ -289,17 +295,19 @@ def main() -> None:
     prompts = {name: tuple(read(f"runs/real/data/{name}.jsonl")) for name in ("train", "test")}
     tested = prompts["test"][:8] if args.quick else prompts["test"]
     world = World(args.world, out, prompts["train"], tested, judges, args.quick)
-    found = measure_all(world, runs, seeds)
+    place = (out if args.quick else ROOT / "bench" / "results") / "real.json"
+    found = merged(json.loads(place.read_text()) if place.is_file() else {}, made(world, runs, sizes, args))
     print(tables(found))
-    write(out if args.quick else ROOT / "bench" / "results", found, runs, sizes, args)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    place.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"wrote {place}")
 
 
-def write(place: Path, found: Mapping[str, Any], runs: Mapping[Any, Path], sizes: Mapping[str, int], args: Any) -> None:
-    """real.json: numbers, versions, seconds and the commands that made them."""
-    place.mkdir(parents=True, exist_ok=True)
+def made(world: World, runs: Mapping[Any, Path], sizes: Mapping[str, int], args: Any) -> dict[str, Any]:
+    """What goes into real.json: numbers, versions, seconds and the commands that made them."""
     locked = lock(seed=args.seeds[0], threads=1)
     arms = {f"{a.part}-{a.name}-{s}": a for a in ARMS for s in args.seeds}
-    document = {
+    return {
         "versions": {"python": locked["python"], **locked["packages"]},
         "prompts": dict(sizes),
         "runs": {
@@ -308,13 +316,36 @@ def write(place: Path, found: Mapping[str, Any], runs: Mapping[Any, Path], sizes
                 "seconds": json.loads((run / "summary.json").read_text())["seconds"],
                 "cpu_seconds": json.loads((run / "cpu.json").read_text()),
                 "tokens": json.loads((run / "summary.json").read_text())["tokens"],
+                "critic": critic_seen(run),
             }
             for (_, _, seed), run in runs.items()
         },
-        **found,
+        **measure_all(world, runs),
     }
-    (place / "real.json").write_text(json.dumps(document, indent=1) + "\n")
-    print(f"wrote {place / 'real.json'}")
+
+
+def critic_seen(run: Path) -> dict[str, list[float]]:
+    """What the critic knew of fresh samples in the last stage: means of its first and of its last eight steps."""
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "event" not in row and row["stage"] == rows[-1]["stage"]]
+    names = [name for name in ("critic/accuracy", "critic/margin") if rows and name in rows[0]]
+    seen = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: [round(fmean(part), 4) for part in (each[:8], each[-8:])] for name, each in seen.items()}
+
+
+def merged(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """The new results over the earlier: runs by name, numbers and contests by part and seed; nothing else stays."""
+    return {
+        **now,
+        "runs": {**before.get("runs", {}), **now["runs"]},
+        **{kind: _by_part_and_seed(before.get(kind, {}), now[kind]) for kind in ("numbers", "contests")},
+    }
+
+
+def _by_part_and_seed(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    parts = [arm.part for arm in ARMS if arm.part in {*before, *now}]
+    both = {part: {**before.get(part, {}), **now.get(part, {})} for part in parts}
+    return {part: dict(sorted(seeds.items(), key=lambda item: int(item[0]))) for part, seeds in both.items()}
 
 
 if __name__ == "__main__":

@@ -221,8 +221,8 @@ def flaw(prompt: str, text: str, finish: str) -> str:
 def teacher_of(seed: int, split: str, worlds: Path) -> Json:
     """The teacher's own accuracies on the same prompts."""
     from opd.assemble import assemble
-    from opd.legs import legs
     from opd.eval import evaluate
+    from opd.legs import legs
 
     cell = Cell("token_opd", "mixture", seed, split)
     chosen = recipes.build(cell.recipe(worlds, worlds))

@@ -77,3 +77,54 @@ def test_a_finished_measurement_is_not_made_again(tmp_path):
     work = lambda: calls.append(1) or {"value": 2.0}
     first, again = (real_measure.kept(tmp_path / "deep" / "one.json", work) for _ in range(2))
     assert first == again and first["value"] == 2.0 and calls == [1]
+
+
+def test_results_of_parts_and_seeds_that_were_not_run_are_kept():
+    one = lambda value: {"start": {"x": value}}
+    before = {
+        "versions": {"torch": "1"},
+        "runs": {"gad-gad-17": {"seconds": 1}, "white-jsd-17": {"seconds": 2}},
+        "numbers": {"white": {"17": one(1)}, "gad": {"18": one(2), "17": one(3)}},
+        "contests": {"gad": {"17": {"wins": {}}}},
+        "written_by_hand": {},
+    }
+    now = {
+        "versions": {"torch": "2"},
+        "runs": {"gad-gad-17": {"seconds": 9}, "char-gad-17": {"seconds": 8}},
+        "numbers": {"char": {"17": one(4)}, "gad": {"17": one(5)}},
+        "contests": {"char": {"17": {"wins": {"gad": 0}}}},
+    }
+    found = real.merged(before, now)
+    assert set(found) == set(now) and found["versions"] == {"torch": "2"}
+    assert {name: run["seconds"] for name, run in found["runs"].items()} == {
+        "gad-gad-17": 9,
+        "white-jsd-17": 2,
+        "char-gad-17": 8,
+    }
+    assert found["numbers"] == {
+        "gad": {"17": one(5), "18": one(2)},
+        "white": {"17": one(1)},
+        "char": {"17": one(4)},
+    }
+    assert list(found["numbers"]) == ["gad", "white", "char"] and list(found["numbers"]["gad"]) == ["17", "18"]
+    assert set(found["contests"]) == {"gad", "char"}
+    assert real.merged({}, now) == now
+
+
+def test_a_folder_without_a_recipe_is_begun_anew_and_one_with_it_goes_on(tmp_path, monkeypatch):
+    asked = []
+
+    def train(arguments, **_):
+        asked.append(arguments[3:])
+        run.mkdir(exist_ok=True)
+
+    monkeypatch.setattr(real.subprocess, "run", train)
+    arm = real.ARMS[0]
+    run = tmp_path / real.folder_of(arm, 17)
+    run.mkdir()
+    (run / "metrics.jsonl").write_text("half a line")
+    real.trained(arm, 17, tmp_path, tmp_path, [])
+    assert not (run / "metrics.jsonl").exists()
+    (run / "recipe.yaml").write_text("")
+    real.trained(arm, 17, tmp_path, tmp_path, [])
+    assert asked == [real.command(arm, 17, tmp_path, tmp_path, []), ["train", "--resume", str(run), "--quiet"]]

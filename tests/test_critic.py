@@ -132,6 +132,30 @@ def test_an_update_ranks_the_teacher_higher():
     assert judge.steps == 21
 
 
+@pytest.mark.parametrize("tokens", [1, 9999])
+def test_fresh_and_earlier_pairs_are_one_mean_and_the_fresh_are_measured(tokens):
+    """One of the earlier samples is also fresh, and two answers of the teacher share each earlier sample's weight."""
+    fresh = pair_up(GOOD, [*GROUP, OTHER[0]])
+    twice = answers(row(1, "teacher", 3), row(1, "teacher", 4))
+    earlier = pair_up(twice, [*OTHER, row(1, "student", 1)])
+    judge = critic(tokens_per_micro=tokens)
+    stats, found = judge.update(fresh, BT, 0.0, earlier=earlier), gradients(judge)
+    naive = critic()
+    with naive.entered():
+        lost, weight = 0.0, 0.0
+        for pairs in (fresh, earlier):
+            for good, bad, share in zip(pairs.good_P, pairs.bad_P, pairs.weight_P, strict=True):
+                two = naive._forward([pairs.rows[good], pairs.rows[bad]])
+                lost, weight = lost - share * torch.nn.functional.logsigmoid(two[0] - two[1]), weight + share
+        (lost / weight).backward()
+    assert weight == 9 + 3 and distance(gradients(naive), found) < 1e-10
+    assert stats["critic/loss"] == pytest.approx(float(lost.detach() / weight))
+    alone = learned(fresh)[0]
+    assert {k: v for k, v in stats.items() if k not in ("critic/loss", "critic/grad_norm")} == pytest.approx(
+        {k: v for k, v in alone.items() if k not in ("critic/loss", "critic/grad_norm")}
+    )
+
+
 # --- each distinct text once ------------------------------------------------------------------------------------------
 
 

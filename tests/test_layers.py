@@ -21,7 +21,7 @@ LAYERS = {
     "algebra": "math expression divergences anchors credits gates loss method methods",
     "text": "chat views hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head signals engines batch model cast tally observe student critic teachers speak contest"
+    "models": "head signals engines batch model cast tally observe student critic replay teachers speak contest"
     " checkpoint snapshot diagnose",
     "run": "legs assemble record state best eval train runs",
     "look": "samples report panel",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,8 @@ def test_the_paper_recipe_has_the_papers_numbers() -> None:
         assert (train.weight_decay, train.clip, train.betas, train.schedule) == (0.01, 0.2, (0.9, 0.999), "constant")
         assert (speak.temperature, speak.max_tokens, speak.top_p, speak.top_k) == (0.8, 1536, 1.0, 0)
     critic = recipe.critic
-    assert (critic.loss, critic.lr, critic.weight_decay, critic.clip) == ("bradley_terry", 1e-6, 0.01, 0.2)
+    assert {learned.objective.kind for leg in (warm, gad) for learned in leg.method.loss.learned} == {"bradley_terry"}
+    assert (critic.lr, critic.weight_decay, critic.clip) == (1e-6, 0.01, 0.2)
     assert (critic.init, critic.steps) == (recipe.student.model, 1)
     assert (recipe.data.max_prompt_tokens, recipe.eval.every, recipe.run.save_every) == (2048, 50, 50)
 
@@ -206,6 +208,27 @@ def test_a_critic_that_never_learned_cannot_be_frozen(tmp_path: Path) -> None:
 def test_the_plain_gan_is_in_both_stages() -> None:
     _, found = bound(RECIPES / "gad-paper.yaml", RECIPES / "ablations" / "bce.yaml")
     assert all("log(1 - σ(D(student)))" in str(leg.method.loss) for leg in found)
+
+
+@pytest.mark.parametrize(
+    ("stages", "kinds"),
+    [
+        (("beside", "bce", "bradley_terry"), ["bce", "bce", "bradley_terry"]),
+        (("bce", "bradley_terry", "beside"), ["bce", "bradley_terry", "bradley_terry"]),
+        (("bce", "beside", "bradley_terry"), ["bce", "bradley_terry", "bradley_terry"]),
+        (("beside",), ["bradley_terry"]),
+    ],
+)
+def test_a_critic_beside_another_method_learns_as_in_the_next_stage(
+    tmp_path: Path, stages: tuple[str, ...], kinds: list[str]
+) -> None:
+    """Else as in the last one before it, else by Bradley-Terry."""
+    beside: dict[str, Any] = {"method": "seqkd", "critic": {"learn": True}}
+    listed = [beside if s == "beside" else {"method": {"name": "gad", "objective": s}} for s in stages]
+    named = [{"name": str(k), "steps": 1, **stage} for k, stage in enumerate(listed)]
+    (tmp_path / "small.yaml").write_text(SMALL)
+    _, found = bound(tmp_path / "small.yaml", overrides=(f"stages={json.dumps(named)}",))
+    assert [learned.objective.kind for leg in found for learned in leg.method.loss.learned] == kinds
 
 
 def test_a_critic_may_have_another_size_but_not_another_tokenizer(tmp_path: Path) -> None:

@@ -41,6 +41,14 @@ class Pairs:
     def count(self) -> int:
         return len(self.good_P)
 
+    def at(self, place_P: Tensor) -> Pairs:
+        """The pairs of these places, and their rows."""
+        part = replace(self, good_P=self.good_P[place_P], bad_P=self.bad_P[place_P], weight_P=self.weight_P[place_P])
+        used = sorted({*part.good_P.tolist(), *part.bad_P.tolist()})
+        now = torch.zeros(len(self.rows), dtype=torch.long)
+        now[used] = torch.arange(len(used))
+        return replace(part, rows=tuple(self.rows[r] for r in used), good_P=now[part.good_P], bad_P=now[part.bad_P])
+
 
 def pair_up(good: Mapping[str, Sequence[Rollout]], bad: Sequence[Rollout]) -> Pairs:
     """Every bad rollout against every good answer to its prompt (arXiv 2511.10643, eq. 8); weights add to 1.
@@ -60,6 +68,16 @@ def pair_up(good: Mapping[str, Sequence[Rollout]], bad: Sequence[Rollout]) -> Pa
             weights.append(1.0 / len(answers))
     weight_P = torch.tensor(weights, dtype=torch.float64)
     return Pairs(tuple(number), torch.tensor(goods, dtype=torch.long), torch.tensor(bads, dtype=torch.long), weight_P)
+
+
+def join(parts: Sequence[Pairs]) -> Pairs:
+    """All pairs of several sets as one. Equal rows become one row; the first set's keep their numbers."""
+    number: dict[Row, int] = {}
+    place = [torch.tensor([number.setdefault(r, len(number)) for r in p.rows], dtype=torch.long) for p in parts]
+    none, no_weight = torch.zeros(0, dtype=torch.long), torch.zeros(0, dtype=torch.float64)
+    good_P = torch.cat([none, *(at[p.good_P] for at, p in zip(place, parts, strict=True))])
+    bad_P = torch.cat([none, *(at[p.bad_P] for at, p in zip(place, parts, strict=True))])
+    return Pairs(tuple(number), good_P, bad_P, torch.cat([no_weight, *(p.weight_P for p in parts)]))
 
 
 class CriticModule(nn.Module):
@@ -154,12 +172,21 @@ class Critic:
         share_P = (pairs.weight_P.to(score_R) / total_weight).detach()
         return (share_P * (value_P + self.score_l2 * (good_P.square() + bad_P.square()) / 2)).sum()
 
-    def update(self, pairs: Pairs, objective: Objective, lr: float, total: Total | None = None) -> dict[str, float]:
-        """One step. Returns loss, accuracy and margin *before* it: what the critic knew of texts it had not yet seen.
+    def update(
+        self,
+        fresh: Pairs,
+        objective: Objective,
+        lr: float,
+        total: Total | None = None,
+        earlier: Pairs | None = None,
+    ) -> dict[str, float]:
+        """One step, on fresh pairs and `earlier` ones alike. Returns the loss, and accuracy and margin of the fresh,
+        *before* it: what the critic knew of texts it had not yet seen.
 
         Pairs couple rows of different micro-batches, so where there are several the gradient with respect to the
         scores is taken first, and each micro-batch then pulls its part of it through the backbone: the same gradient.
         """
+        pairs = fresh if earlier is None else join((fresh, earlier))
         if not pairs.count and total is None:
             return {}
         weight = (total or (lambda x: x))(pairs.weight_P.sum()).clamp_min(1e-30)
@@ -176,7 +203,7 @@ class Critic:
                 (g_R,) = torch.autograd.grad(loss, scored)
                 for cut in cuts:
                     torch.autograd.backward(self._forward([pairs.rows[i] for i in cut]), g_R[cut])
-            stats = {"critic/loss": float(loss.detach()), **self.ranks(scored.detach(), pairs)}
+            stats = {"critic/loss": float(loss.detach()), **self.ranks(scored.detach(), fresh)}
             if total is not None and not pairs.count:
                 for _, p in trained(learner):
                     p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -51,16 +51,16 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
         roles[EXPERT] = min(roles.values())
     found: list[Leg] = []
     problems: list[str] = []
+    methods: list[tuple[Stage, Method]] = []
     for stage in recipe.stages:
         try:
-            built = method.build(stage.method.name, stage.method.args, folder)
+            methods.append((stage, method.build(stage.method.name, stage.method.args, folder)))
         except UsageError as error:
             problems += error.problems
-            continue
+    for place, (stage, built) in enumerate(methods):
         if stage.critic.learn:
             group = built.group if built.group > 1 else stage.critic.group
-            objective = Objective(recipe.critic.loss, good="teacher", bad="student")
-            built = built.with_critic(objective, group)
+            built = built.with_critic(_objective([m for _, m in methods], place), group)
         elif stage.critic.learn is False:
             built = built.with_fixed_critic()
             if built.loss.learned and not any(leg.learns for leg in found):
@@ -93,6 +93,15 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     if problems:
         raise UsageError(*problems)
     return tuple(found)
+
+
+def _objective(methods: Sequence[Method], place: int) -> Objective:
+    """What a critic minimises beside a method that has none: as in the next stage that teaches one, or an earlier."""
+    near = [*methods[place:], *reversed(methods[:place])]
+    return next(
+        (learned.objective for each in near for learned in each.loss.learned),
+        Objective("bradley_terry", good="teacher", bad="student"),
+    )
 
 
 def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from opd import checkpoint
+from opd import checkpoint, replay
 from opd.assemble import Parts, model_path, optim
 from opd.critic import Critics, critics
 from opd.diagnose import Watchdog
@@ -19,6 +19,7 @@ from opd.lock import differences
 from opd.log import RunFolder, read
 from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
+from opd.replay import Replay
 from opd.snapshot import load_weights
 from opd.student import Optim, Student
 
@@ -64,6 +65,7 @@ class Run:
     at: Progress
     watch: Watch
     watchdog: Watchdog
+    replay: Replay
 
     @property
     def leg(self) -> Leg:
@@ -104,6 +106,8 @@ def save(run: Run) -> None:
             learned = dict(trained(critic.learner))
             tensors[critic.model.name] = {k: v.detach().clone() for k, v in learned.items()}
             tensors[f"{critic.model.name}_optimizer"] = checkpoint.optimizer_tensors(critic.optimizer, learned)
+    if run.replay.steps:
+        tensors["replay"] = replay.tensors(run.replay)
     reference = run.parts.teachers.reference
     if reference is not None:
         tensors["reference"] = _own_weights(reference)
@@ -170,6 +174,7 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
                 load_weights(learner, tensors[name], place)
                 checkpoint.restore_optimizer(critic.optimizer, dict(trained(learner)), tensors[f"{name}_optimizer"])
             critic.steps = run.at.critic_steps
+    run.replay = replay.from_tensors(run.recipe.critic.replay, tensors.get("replay", {}))
 
 
 def said_before(folder: RunFolder) -> dict[tuple[str, str], list[tuple[str, bool]]]:

@@ -25,6 +25,7 @@ from opd.interrupt import Interrupt
 from opd.legs import Leg, legs, plan
 from opd.log import RunFolder
 from opd.recipe import Recipe
+from opd.replay import Replay
 from opd.speak import speak
 from opd.state import Progress, Run, Watch
 from opd.student import NotFiniteError, Student
@@ -93,7 +94,7 @@ def _open(
     parts = assemble(recipe, found, base, device, folder.path)
     parts.teachers.write_down = folder.answer
     student = Student(parts.student, optim(found[0].stage.train))
-    run = Run(recipe, found, parts, folder, student, None, Progress(), watch, Watchdog())
+    run = Run(recipe, found, parts, folder, student, None, Progress(), watch, Watchdog(), Replay(recipe.critic.replay))
     known = record.locked(recipe, parts, base, device, origin)
     if resume:
         state.restore(run, known)
@@ -262,14 +263,16 @@ def _teach_critic(run: Run, rollouts: Sequence[Rollout], *, behind: bool, ahead:
     stats: dict[str, float] = {}
     for learned in run.leg.method.loss.learned:
         assert run.critic is not None
-        lr, good = run.critic.optim.lr, learned.objective.good
+        lr, good, seed = run.critic.optim.lr, learned.objective.good, run.recipe.run.seed
         pairs = run.parts.teachers.pairs(rollouts, good)
         if learned.fixed or ahead:
             stats |= run.critic.ranks(run.critic.score(pairs.rows), pairs) if pairs.count else {}
         else:
-            stats |= {**run.critic.update(pairs, learned.objective, lr), "lr/critic": lr}
+            earlier = run.replay.draw(pairs.count, seed, run.at.step)
+            stats |= {**run.critic.update(pairs, learned.objective, lr, earlier=earlier), "lr/critic": lr}
             for _ in range(run.recipe.critic.steps - 1):
-                run.critic.update(pairs, learned.objective, lr)
+                run.critic.update(pairs, learned.objective, lr, earlier=earlier)
+        run.replay = run.replay.after(run.at.step, pairs)
         stats |= record.critic_view(rollouts, run.parts.teachers, good)
         if run.recipe.critic.accuracy_band is not None and "critic/accuracy" in stats:
             run.at.critic_accuracy = smoothed(run.at.critic_accuracy, stats["critic/accuracy"])

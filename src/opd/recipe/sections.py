@@ -105,7 +105,7 @@ class Critic(Section):
     init: str = says("what it starts from: student (a copy), or a model", "student")
     lr: Above0 = says("its learning rate", 1e-6)
     steps: Count = says("critic updates a student step", 1)
-    loss: Literal["bradley_terry", "bce"] = says("what it minimises over pairs of answers", "bradley_terry")
+    replay: Natural = says("also learn from pairs of this many last steps, as many as there are fresh ones; 0: off", 0)
     weight_decay: From0 = says("weight decay of its optimizer", 0.0)
     clip: Above0 | None = says("largest norm of its gradient; null does not clip", 1.0)
     score_l2: From0 = says("penalty on squared scores, against drift and saturation", 0.0)

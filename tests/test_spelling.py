@@ -234,6 +234,16 @@ def test_what_the_judge_cannot_write_is_in_no_span() -> None:
     assert [crossing(student, judge).mine.of(ids)[i] for i in missing] in ([b" Z"], [b"Z"])
 
 
+def test_unknown_characters_do_not_hide_what_is_between_them() -> None:
+    """As many runs of them in the text as of unknown tokens: each known run is certain, and checked byte by byte."""
+    student, judge = voice(byte_level()), voice(characters())
+    ids = student.verbatim_ids("a ZZ the Q dog Ω")
+    cross = crossing(student, judge)
+    read = cross.read(ids, False)
+    lost = [cross.mine.of(ids)[i] for i in sorted(set(range(len(ids))) - {i for mine, _ in read.spans for i in mine})]
+    assert b"".join(p for p in lost if p).replace(b" ", b"").decode() == "ZZQΩ"
+
+
 def test_legible_text_is_what_whole_characters_spell() -> None:
     assert legible([b"a", b"\xf0\x9f", b"b"], b"") == ([(0, 1), None, (1, 2)], "ab")
     assert legible([b" a", b"b"], b" ") == ([(-1, 1), (1, 2)], "ab")

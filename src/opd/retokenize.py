@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -66,7 +67,7 @@ class Crossing:
         lead = self._lead(self.student, self.mine)
         at, text = legible(self.mine.of(body), lead)
         ids = self.judge.verbatim_ids(text)
-        places, space = self._places(ids, text.encode())
+        places, space = self._places(ids, text)
         found = spans(_clipped(at), _clipped(places))
         sides = (at, lead + text.encode(), len(lead)), (places, space + text.encode(), len(space))
         ahead = [_ahead(sides, mine[-1], theirs[-1]) for mine, theirs in found]
@@ -88,11 +89,37 @@ class Crossing:
             self._entries[ahead] = [(i, j) for j, i in pairs] if mine else pairs
         return self._entries[ahead]
 
-    def _places(self, ids: tuple[int, ...], text: bytes) -> tuple[list[Interval | None], bytes]:
+    def _places(self, ids: tuple[int, ...], text: str) -> tuple[list[Interval | None], bytes]:
         """Where the judge's tokens stand in the text, and what its tokenizer put before that: a space, or nothing."""
         lead, pieces = self._lead(self.judge, self.theirs), self.theirs.of(ids)
-        ways = [(_shifted(placed(pieces, space + text), len(space)), space) for space in dict.fromkeys([lead, b""])]
+        filled = self._filled(pieces, text)
+        ways = []
+        for space in dict.fromkeys([lead, b""]):
+            at = _shifted(placed(filled, space + text.encode()), len(space))
+            ways.append(([None if p is None else x for p, x in zip(pieces, at, strict=True)], space))
         return max(ways, key=lambda way: sum(x is not None for x in way[0]))
+
+    def _filled(self, pieces: Sequence[bytes | None], text: str) -> Sequence[bytes | None]:
+        """Tokens for unknown characters with the characters that they stand for, where it is plain which these are: the
+        text has as many runs of characters that the judge cannot write as there are runs of such tokens."""
+        runs = [b"".join(c.encode() for c in run) for strange, run in groupby(text, self._strange) if strange]
+        holes = [list(run) for hole, run in groupby(pieces, lambda piece: piece is None) if hole]
+        if None not in pieces or len(runs) != len(holes):
+            return pieces
+        stand = iter(
+            [piece for run, hole in zip(runs, holes, strict=True) for piece in (run, *[b""] * (len(hole) - 1))]
+        )
+        return [next(stand) if piece is None else piece for piece in pieces]
+
+    def _strange(self, character: str) -> bool:
+        """Whether the judge has no way to write a character."""
+        if character not in self._known:
+            self._known[character] = None not in self.theirs.of(self.judge.verbatim_ids(character))
+        return not self._known[character]
+
+    @cached_property
+    def _known(self) -> dict[str, bool]:
+        return {}
 
     @staticmethod
     def _lead(renderer: Renderer, own: Spelling) -> bytes:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from opd.aligned import Alignment, Shared, SpanDense, SpanToken
 from opd.batch import Batch, pack
 from opd.engines.table import table_model
 from opd.head import token_logp
@@ -17,7 +18,7 @@ from opd.method import EXPERT
 from opd.model import CausalModel
 from opd.signals import Dense, Experts, Score, Shelf, Token
 from opd.student import Optim, Student
-from opd.types import Judge, Message, Prompt, Rollout, Says, Turn
+from opd.types import RETOKENIZED, Judge, Message, Prompt, Rollout, Says, Turn
 
 V, POSITIONS, LENGTH, GOOD = 6, 12, 3, 2
 F64 = torch.float64
@@ -192,6 +193,8 @@ def hear(
         if says is Says.SCORE:
             values = [score(r) if r.speaker == "student" else float("nan") for r in batch.rollouts]
             signals[judge] = Score(torch.tensor(values, dtype=batch.behaviour_N.dtype))
+        elif says in (Says.TOKEN, Says.DENSE) and judge.view == RETOKENIZED:
+            signals[judge] = retokenized(batch, model, says)
         elif says is Says.DENSE:
             hidden = model.all_hidden(batch)
             signals[judge] = Dense(hidden, model.head, heard_N)
@@ -212,6 +215,43 @@ def experts(hidden_NH: torch.Tensor, judge_N: torch.Tensor, model: CausalModel) 
     for part in parts:
         place_N[part] = torch.arange(len(part))
     return Experts(judge_N, place_N, tuple(hidden_NH[p] for p in parts), Shelf([model.head] * 2, hidden_NH.device))
+
+
+UNSHARED, FARTHER = 4, 3  # tokens that the other vocabulary lacks: everywhere, or at the end of a longer span
+UNKNOWN = 1  # a token that has no place in the text
+
+
+def retokenized(batch: Batch, model: CausalModel, says: Says) -> SpanToken | SpanDense:
+    """A table as if it had another tokenizer: its ids are the student's backwards, one is not shared, some tokens are
+    in no span, and each token at position 2, 5, 8, .. is in one span with the spoken token before it."""
+    span, first, count, spans = [], [], [], 0
+    spoken = list(zip(batch.row_N.tolist(), batch.position_N.tolist(), batch.token_N.tolist(), strict=True))
+    for n, (r, p, token) in enumerate(spoken):
+        joins = p % 3 == 2 and n > 0 and spoken[n - 1][:2] == (r, p - 1) and span[-1] >= 0
+        if token == UNKNOWN:
+            span.append(-1)
+        elif joins:
+            span.append(span[-1])
+            count[-1] += 1
+        else:
+            span.append(spans)
+            first.append(n)
+            count.append(1)
+            spans += 1
+    every = torch.arange(len(spoken))
+    alignment = Alignment(
+        *map(torch.tensor, (span, first, count)), every, torch.tensor([t == V - 1 for _, _, t in spoken])
+    )
+    backwards = torch.arange(V).flip(0)
+    head = replace(model.head, weight=model.head.weight[backwards])
+    hidden, token = model.all_hidden(batch), V - 1 - batch.token_N
+    if says is Says.TOKEN:
+        return SpanToken(alignment.spoken(token_logp(head, hidden, token, batch.temperature)), alignment)
+    mine = [v for v in range(V) if v != UNSHARED]
+    fewer = [v for v in mine if v != FARTHER]  # of spans of two tokens, as if one side's last began later
+    ids = torch.tensor([*mine, *fewer])
+    entries = torch.tensor([0, len(mine)]), torch.tensor([len(mine), len(fewer)])
+    return SpanDense(hidden, head, token, alignment, Shared(ids, V - 1 - ids, *entries, alignment.count_G - 1))
 
 
 def packed(rollouts: Sequence[Rollout], temperature: float = 1.0, dtype: torch.dtype = F64) -> Batch:

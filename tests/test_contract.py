@@ -110,6 +110,7 @@ def test_asks_exactly_what_it_reads(name, monkeypatch):
         monkeypatch.setattr(cls, method, read)
 
     recorded(TileScope, "distribution", Says.DENSE)
+    recorded(TileScope, "crossed", Says.DENSE)
     recorded(TileScope, "judged", Says.TOKEN)
     recorded(WholeScope, "judged", Says.TOKEN)
     recorded(WholeScope, "scored", Says.SCORE)

@@ -15,7 +15,7 @@ from opd.legs import Leg
 from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe
-from opd.types import Prompt, Says
+from opd.types import RETOKENIZED, Prompt, Says
 from opd.views import View, refuse_missing, wrapped
 
 if TYPE_CHECKING:
@@ -47,11 +47,13 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
     from opd import rewards as rewards_module
     from opd import snapshot
     from opd.cast import Cast
+    from opd.retokenize import crossing
     from opd.teachers import Teachers
 
     wants: dict[str, Says] = {}
     for judge, says in ((j, s) for leg in found for j, s in leg.method.needs.items()):
-        wants[judge.role] = max(says, wants.get(judge.role, Says.TEXT))
+        shares = Says.TEXT if judge.view == RETOKENIZED else says  # by text alone, in tokens of its own
+        wants[judge.role] = max(shares, wants.get(judge.role, Says.TEXT))
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.trust_remote_code)
     student = _student(recipe.student, len(tokenizer), device)
     stop_ids = student.stop_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
@@ -80,6 +82,8 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
             models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
         elif teacher.answers:
             answers[role] = data.answers(local(teacher.answers, folder))
+    for role in sorted({j.role for leg in found for j in leg.method.needs if j.view == RETOKENIZED} & voices.keys()):
+        notes.append(crossing(voice, voices[role]).note(role))
     mixture, dev, read = _data(recipe, folder, voice, found, student)
     views = {name: View(name, text, folder) for name, text in recipe.views.model_dump().items()}
     _judges_see(views, mixture, found, models)
@@ -187,7 +191,7 @@ def _teacher(
         raise UsageError(
             f"student `{student.name}` and {role} `{teacher.model}` do not share a tokenizer: {difference}. This "
             "method compares their probabilities token by token. Use a teacher of the student's family, or a method "
-            "that reads text alone: gad, seqkd"
+            "that reads text alone: gad, seqkd; or one that aligns the two: gold, uld"
         )
     vocab = student.head.vocab if says in (Says.TOKEN, Says.DENSE) else len(own)
 

@@ -12,6 +12,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from opd.aligned import Alignment, Retokenized, SpanToken
 from opd.errors import OpdError
 from opd.expression import Expression
 from opd.gates import Heard
@@ -47,7 +48,7 @@ class Batch:
     def judged(self, judge: Judge) -> Tensor:
         """[N] the judge's log-probability of the sampled tokens, at the rollouts' temperature."""
         signal = self.signals[judge]
-        if isinstance(signal, Token):
+        if isinstance(signal, Token | SpanToken):
             return signal.logp_N
         assert not isinstance(signal, Score), f"{judge} gave a score, not log-probabilities"
         if judge not in self.logp_cache:
@@ -61,6 +62,17 @@ class Batch:
         if signal.heard_N is None:
             return torch.ones_like(self.behaviour_N)
         return signal.heard_N.to(self.behaviour_N.dtype)
+
+    @cached_property
+    def alignments(self) -> dict[Judge, Alignment]:
+        """How the tokens of judges with other tokenizers meet the student's."""
+        return {j: s.alignment for j, s in self.signals.items() if isinstance(s, Retokenized)}
+
+    @cached_property
+    def joined_N(self) -> Tensor:
+        """True for each token that has to be in one tile with the token before it."""
+        none_N = torch.zeros_like(self.row_N, dtype=torch.bool)
+        return torch.stack([none_N, *(a.joined_N for a in self.alignments.values())]).any(0)
 
     def rows(self, keep: Sequence[int]) -> Batch:
         """The batch of some rows, in the order given. Groups keep their numbers."""
@@ -191,6 +203,9 @@ class WholeScope:
         assert isinstance(signal, Score)
         return signal.value_KB
 
+    def alignment(self, judge: Judge) -> Alignment:
+        return self.batch.alignments[judge]
+
     def column(self, expression: Expression) -> Tensor:
         return expression.at(self)
 
@@ -216,13 +231,16 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
         own = [term.source in (None, r.speaker) for r in batch.rollouts]
         own_B = torch.tensor(own, dtype=torch.bool, device=batch.row_N.device)
         own_N = own_B[batch.row_N].to(batch.behaviour_N.dtype)
-        counts = torch.stack([own_N.sum(), (own_B & (batch.length_B > 0)).sum().to(own_N.dtype)])
+        for counted_N in term.counted(scope):
+            own_N = own_N * counted_N
+        length_B = own_N.new_zeros(len(own)).index_add(0, batch.row_N, own_N)
+        counts = torch.stack([own_N.sum(), (length_B > 0).sum().to(own_N.dtype)])
         tokens, rows = (total or _here)(counts).clamp_min(1)
         match term.per:
             case "token":
                 mean_N = own_N / tokens
             case "sequence":
-                mean_N = own_N / batch.length_B[batch.row_N] / rows
+                mean_N = own_N / length_B.clamp_min(1)[batch.row_N] / rows
             case "sequence_sum":
                 mean_N = own_N / rows
         weights.append(value(term.coefficient, step) * mean_N)
@@ -240,7 +258,9 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             signal = batch.signals.get(judge)
             if signal is None or isinstance(signal, Score):
                 continue
-            known_N = signal.logp_N if isinstance(signal, Token) else batch.behaviour_N.new_zeros(len(own_N))
+            known_N = (
+                signal.logp_N if isinstance(signal, Token | SpanToken) else batch.behaviour_N.new_zeros(len(own_N))
+            )
             if signal.heard_N is not None:  # the term says what it does there, or a hole is a hole
                 known_N = known_N.masked_fill(~signal.heard_N, 0.0 if judge in silence else float("nan"))
             read[f"the log-probability of `{judge}`"] = known_N

@@ -99,7 +99,10 @@ class Renderer:
         return self._chat([*prompt.messages, answer], prompt.where, generate=False)
 
     def _answer_ids(self, text: str) -> tuple[int, ...]:
-        text = normalise(text, self.think)
+        return self.verbatim_ids(normalise(text, self.think))
+
+    def verbatim_ids(self, text: str) -> tuple[int, ...]:
+        """Ids of an answer as it stands, outer whitespace and all: to be aligned with another tokenizer's."""
         if not text:
             return ()
         return self._literal(text) if self.lead is None else self._continued(self.lead + text)

@@ -9,7 +9,7 @@ from opd import math
 from opd.anchors import Against, Logp
 from opd.expression import Expression, Reach, Scope, Whole
 from opd.schedule import Coefficient, Schedule, value
-from opd.types import Judge, Needs, Says
+from opd.types import RETOKENIZED, Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,6 +38,33 @@ class LogRatio(Expression):
 
     def __str__(self) -> str:
         return f"log {self.judge} - {Logp(self.against)}"
+
+
+@dataclass(frozen=True)
+class SpanRatio(Expression):
+    """log judge - log student of the whole span of text that a token stands in, for a judge with another tokenizer."""
+
+    judge: Judge
+    against: Against
+    reach = Reach.SEQUENCE
+
+    def at(self, scope: Whole) -> Tensor:
+        mine: Tensor = getattr(scope, self.against)
+        return math.align.totals(scope.judged(self.judge) - mine.detach(), scope.alignment(self.judge).span_N)
+
+    def counted(self, scope: Whole) -> Tensor:
+        return scope.alignment(self.judge).inside_N
+
+    @property
+    def own_needs(self) -> Needs:
+        return {self.judge: Says.TOKEN}
+
+    @property
+    def own_reads(self) -> frozenset[str]:
+        return frozenset({self.against})
+
+    def __str__(self) -> str:
+        return f"Σ_span (log {self.judge} - {Logp(self.against)})"
 
 
 @dataclass(frozen=True)
@@ -230,8 +257,11 @@ class Preference(Expression):
 
 
 def log_ratio(judge: Judge, against: Against = "live") -> Expression:
-    """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient."""
-    return LogRatio(judge, against)
+    """log judge - log student on the sampled token; needs TOKEN. Pushed on-policy it has the reverse KL's gradient.
+
+    Of a judge that reads the text retokenized: of the span of text that the token stands in, by the chain rule.
+    """
+    return SpanRatio(judge, against) if judge.view == RETOKENIZED else LogRatio(judge, against)
 
 
 def reward(

@@ -12,12 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from opd import math
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from opd.expression import Whole
+    from opd.loss import Tile
+    from opd.types import Judge
 
 Whose = Literal["teacher", "student", "union"]
 Rest = Literal["dropped", "renormalised", "teacher_renormalised", "tail"]
@@ -68,6 +72,14 @@ class Divergence:
             entries_nV = entries_nV.clamp(max=self.cap)
         return self.temperature**2 * entries_nV if self.tau_squared else entries_nV
 
+    def between(self, tile: Tile, judge: Judge) -> Tensor:
+        """[n] the divergence at each token of a tile."""
+        return self.entries(tile.student(self.temperature), tile.distribution(judge, self.temperature)).sum(-1)
+
+    def counted(self, scope: Whole, judge: Judge) -> Tensor | None:
+        """[N] at which tokens it has a value; None: at all."""
+        return None
+
     def __str__(self) -> str:
         inside = [_argument(name, given) for name, given in self.args if given is not False]
         if self.temperature != 1:
@@ -78,6 +90,20 @@ class Divergence:
             inside.append(str(self.support))
         name = f"{self.name}({', '.join(inside)})" if inside else self.name
         return f"{self.temperature:g}^2 {name}" if self.tau_squared and self.temperature != 1 else name
+
+
+class Distance(Protocol):
+    """What a `match` makes small: a `Divergence`, or what `opd.spans` has for a judge with another tokenizer."""
+
+    @property
+    def temperature(self) -> float:
+        """Divides both sides' logits."""
+
+    def between(self, tile: Tile, judge: Judge) -> Tensor:
+        """[n] its value at each token of a tile."""
+
+    def counted(self, scope: Whole, judge: Judge) -> Tensor | None:
+        """[N] at which tokens it has a value; None: at all."""
 
 
 def _argument(name: str, given: float | str) -> str:

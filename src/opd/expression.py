@@ -20,6 +20,8 @@ from opd.types import Judge, Needs, Says
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from opd.aligned import Alignment
+
 
 class Reach(IntEnum):
     """How much of the batch one value of an expression depends on."""
@@ -91,6 +93,9 @@ class Whole(Scope, Protocol):
     def total(self, x: Tensor) -> Tensor:
         """A sum over all ranks. Every rank asks for the same sums in the same order."""
 
+    def alignment(self, judge: Judge) -> Alignment:
+        """How the tokens of a judge with another tokenizer meet the student's."""
+
 
 @dataclass(frozen=True)
 class Expression:
@@ -101,6 +106,10 @@ class Expression:
 
     def at(self, scope: Any) -> Tensor:
         raise NotImplementedError(f"{type(self).__name__} does not say what it is")
+
+    def counted(self, scope: Any) -> Tensor | None:
+        """[N] in the whole batch, on which tokens it has a value at all; None: on all."""
+        return None
 
     def value(self, scope: Scope) -> Tensor:
         """[N] under any scope; what reaches wider than a token is read from the batch's column."""

@@ -53,25 +53,45 @@ def token_logp(head: Head, h_NH: Tensor, token_N: Tensor, temperature: float, ti
         return torch.cat(out) if out else h_NH.new_zeros(0)
 
 
-def tiles(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover range(count)."""
-    return [slice(a, min(a + size, count)) for a in range(0, count, size)]
+def tiles(count: int, size: int, joined_N: Tensor | None = None) -> list[slice]:
+    """Slices that cover range(count), of at most `size`.
+
+    A token that is `joined` to the one before it stays in its slice: the slice ends earlier, or, where all of it hangs
+    together, later.
+    """
+    if joined_N is None or not bool(joined_N.any()):
+        return [slice(a, min(a + size, count)) for a in range(0, count, size)]
+    edges = [*(~joined_N).nonzero()[:, 0].tolist(), count]  # where a slice may begin or end
+    cuts, begun = [], 0
+    for k, edge in enumerate(edges[1:]):
+        if k + 2 == len(edges) or edges[k + 2] - begun > size:
+            cuts.append(slice(begun, edge))
+            begun = edge
+    return cuts
 
 
-def tiled_loss(head: Head, h_NH: Tensor, value: Callable[[slice, Tensor], Tensor], tile: int = TILE) -> Tensor:
+def tiled_loss(
+    head: Head,
+    h_NH: Tensor,
+    value: Callable[[slice, Tensor], Tensor],
+    tile: int = TILE,
+    joined_N: Tensor | None = None,
+) -> Tensor:
     """sum over tiles of value(tile, logits_nV), with gradient to `h_NH` and to the head's weight and bias.
 
     The backward of each tile runs inside this forward, while its logits are at hand, so memory is that of one tile:
     a tile costs the products h W^T, g W and g^T h, and nothing of size [N, V] is kept. `value` must return a scalar.
+    Tokens `joined` to the one before them are in its tile.
     """
-    scalar: Tensor = _Tiled.apply(h_NH, head.weight, head.bias, head, value, tile)  # type: ignore[no-untyped-call]
+    cuts = tiles(len(h_NH), tile, joined_N)
+    scalar: Tensor = _Tiled.apply(h_NH, head.weight, head.bias, head, value, cuts)  # type: ignore[no-untyped-call]
     return scalar
 
 
 class _Tiled(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, h_NH: Tensor, weight: Tensor, bias: Tensor | None, head: Head, value: Any, tile: int
+        ctx: Any, h_NH: Tensor, weight: Tensor, bias: Tensor | None, head: Head, value: Any, cuts: list[slice]
     ) -> Tensor:
         need_h, need_w, need_b = ctx.needs_input_grad[:3]
         V = head.vocab
@@ -79,7 +99,7 @@ class _Tiled(torch.autograd.Function):
         grad_w = torch.zeros_like(weight) if need_w else None
         grad_b = torch.zeros_like(bias) if need_b and bias is not None else None
         total = torch.zeros((), dtype=torch.float64, device=h_NH.device)
-        for at in tiles(len(h_NH), tile):
+        for at in cuts:
             raw_nV = head.raw(h_NH[at]).detach().requires_grad_()
             with torch.enable_grad():
                 part = value(at, head.finish(raw_nV))

@@ -24,13 +24,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
 from opd.anchors import Logp, behaviour, live
-from opd.divergences import Divergence
-from opd.expression import Expression, Scope, union
+from opd.divergences import Distance
+from opd.expression import Expression, Scope, Whole, union
 from opd.schedule import Coefficient, Schedule
 from opd.types import Judge, Needs, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from opd.aligned import Crossed, Pairing
 
 Per = Literal["token", "sequence", "sequence_sum"]
 
@@ -51,17 +53,19 @@ class Tile(Scope, Protocol):
     def distribution(self, judge: Judge, temperature: float) -> Tensor:
         """[n, V] the judge's."""
 
+    def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
+        """The student's beside those of a judge with another tokenizer, span by span or place by place."""
+
 
 @dataclass(frozen=True)
 class Match:
     """sum_v D(judge, student) at each token, in nats. Gradient through the student's distribution only."""
 
     judge: Judge
-    divergence: Divergence
+    divergence: Distance
 
     def at(self, tile: Tile) -> Tensor:
-        tau = self.divergence.temperature
-        return self.divergence.entries(tile.student(tau), tile.distribution(self.judge, tau)).sum(-1)
+        return self.divergence.between(tile, self.judge)
 
     @property
     def expressions(self) -> tuple[Expression, ...]:
@@ -197,6 +201,13 @@ class Term:
             value = gate.value(tile).detach() * value
         return value
 
+    def counted(self, scope: Whole) -> list[Tensor]:
+        """Masks [N] of the tokens at which the term has a value; it counts, and is averaged over, those in all."""
+        made = [e.counted(scope) for outer in self.expressions for e in outer.every()]
+        if isinstance(self.head, Match):
+            made.append(self.head.divergence.counted(scope, self.head.judge))
+        return [mask for mask in made if mask is not None]
+
     @property
     def name(self) -> str:
         head = self.head
@@ -217,7 +228,10 @@ class Term:
         body = " · ".join([*(str(g) for g in self.gates), str(self.head)])
         if isinstance(self.head, Learn):
             return body
-        mean = {"token": "mean_t", "sequence": "mean_y mean_t", "sequence_sum": "mean_y Σ_t"}[self.per]
+        unit = getattr(self.head.divergence, "unit", "t") if isinstance(self.head, Match) else "t"
+        mean = {"token": f"mean_{unit}", "sequence": f"mean_y mean_{unit}", "sequence_sum": f"mean_y Σ_{unit}"}[
+            self.per
+        ]
         where = f" over {self.source} rows" if self.source else ""
         factor = "" if self.coefficient == 1.0 else f"{self.coefficient} · "
         return f"{factor}{mean}[{body}]{where}"
@@ -267,14 +281,17 @@ class Loss:
         return self._each(lambda t: replace(t, gates=(*t.gates, gate)))
 
     def per(self, per: Per) -> Loss:
-        """Average over tokens; over sequences of their token means; or over sequences of their token sums."""
+        """Average over tokens; over sequences of their token means; or over sequences of their token sums.
+
+        Where a term has its value once a span (`opd.spans`), read spans for tokens.
+        """
         return self._each(lambda t: replace(t, per=per))
 
     def __str__(self) -> str:
         return " + ".join(str(t) for t in self.terms) or "0"
 
 
-def match(judge: Judge, divergence: Divergence) -> Loss:
+def match(judge: Judge, divergence: Distance) -> Loss:
     """Pull the student's distribution onto the judge's; needs DENSE."""
     return Loss((Term(Match(judge, divergence)),))
 

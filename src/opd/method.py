@@ -20,7 +20,8 @@ from annotated_types import Ge, Gt, Interval
 from opd.errors import UsageError
 from opd.loss import Learn, Loss, Objective, Push, learn
 from opd.schedule import Coefficient, Schedule, value
-from opd.types import Judge, Says
+from opd.spans import refusals
+from opd.types import RETOKENIZED, Judge, Says
 
 Share = Annotated[float, Interval(ge=0, le=1)]
 Positive = Annotated[float, Gt(0)]
@@ -29,7 +30,7 @@ Group = Annotated[int, Ge(1)]
 Count = Annotated[int, Ge(0)]
 Clip = tuple[NotNegative, NotNegative] | None
 
-VIEWS = ("same", "answer", "demonstration", "context", "hint")  # what a judge may see: `opd.views`
+VIEWS = ("same", "answer", "demonstration", "context", "hint", RETOKENIZED)  # what a judge may see: `opd.views`
 
 __all__ = ["Clip", "Coefficient", "Count", "Group", "Method", "NotNegative", "Positive", "Share", "Speakers"]
 
@@ -37,6 +38,7 @@ CRITIC = Judge("critic")
 EXPERT = "expert"  # the role of the teacher that is named after the domain of the prompt
 REFERENCE = Judge("reference")
 TEACHER = Judge("teacher")
+RETOKENIZED_TEACHER = Judge("teacher", RETOKENIZED)
 
 
 @dataclass(frozen=True)
@@ -250,6 +252,10 @@ def bind(method: Method, setting: Setting) -> None:
             problems.append(f"{name} lets `{judge.role}` see `{judge.view}`; views are {', '.join(setting.views)}")
         elif lacks := setting.views[judge.view]:
             problems.append(f"{name} lets `{judge.role}` see `{judge.view}`, and {lacks}")
+        if judge == Judge(EXPERT, RETOKENIZED):
+            problems.append(
+                f"{name} lets `{EXPERT}` see `{RETOKENIZED}`: experts share the student's tokenizer, so far"
+            )
         if judge.role not in gives:
             problems.append(
                 f"{name} needs a judge `{judge.role}`, and the recipe has none: add it under `teachers:` "
@@ -266,6 +272,7 @@ def bind(method: Method, setting: Setting) -> None:
             "`messages` that end with the assistant's"
         )
     problems += _pushes_given_text(method, setting)
+    problems += refusals(method.loss, name)
     weighs = [t for t in method.loss.terms if isinstance(t.head, Push) or "behaviour" in t.reads]
     if setting.truncated_sampling and weighs:
         problems.append(

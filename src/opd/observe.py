@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from opd import math
+from opd.aligned import SpanDense, SpanToken
 from opd.batch import Prepared
 from opd.loss import Loss, Match, Push
 from opd.signals import Distribution, Token
@@ -32,6 +33,7 @@ def observe(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> No
 def _distances(loss: Loss, tile: TileScope, on_n: torch.Tensor, tally: Tally) -> None:
     """KL to each judge: exact where it gave distributions, an unbiased estimate from the student's samples else."""
     matched = any(isinstance(t.head, Match) for t in loss.token_terms)
+    spoken_n = tile.batch.behaviour_N[tile.at].isfinite()
     for judge, signal in tile.batch.signals.items():
         if isinstance(signal, Distribution) and matched:
             own_n = on_n & (tile.heard(judge) > 0)
@@ -40,9 +42,18 @@ def _distances(loss: Loss, tile: TileScope, on_n: torch.Tensor, tally: Tally) ->
             tally.mean("kl/forward_nats", math.divergence.forward_kl(s_nV, t_nV).sum(-1))
             tally.mean("entropy/teacher_nats", math.divergence.entropy(t_nV))
         elif isinstance(signal, Token):
-            own_n = on_n & (tile.heard(judge) > 0) & tile.batch.behaviour_N[tile.at].isfinite()
+            own_n = on_n & (tile.heard(judge) > 0) & spoken_n
             which = "reference" if judge.role == "reference" and judge.view == "same" else "reverse"
             tally.mean(f"kl/{which}_nats", (tile.live - tile.judged(judge))[own_n])
+        elif isinstance(signal, SpanToken):  # of whole spans: the text that the student said
+            span_n = signal.alignment.span_N[tile.at]
+            gap_n = math.align.totals(tile.live - tile.judged(judge), span_n)
+            tally.mean("kl/reverse_nats", gap_n[on_n & spoken_n & math.align.closing(span_n)])
+        elif isinstance(signal, SpanDense):
+            for tau in {t.head.divergence.temperature for t in loss.token_terms if isinstance(t.head, Match)}:
+                pair = tile.crossed(judge, tau, "span")
+                gap_g = pair.said[0] - pair.said[1]
+                tally.mean("kl/reverse_nats", gap_g[(on_n & spoken_n)[pair.place_g]])
 
 
 def _trust(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from opd.aligned import Retokenized
 from opd.head import Head, token_logp
 
 
@@ -128,4 +129,4 @@ class Score:
 
 
 Distribution = Dense | Experts
-Signal = Token | Distribution | Score
+Signal = Token | Distribution | Score | Retokenized

@@ -13,6 +13,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from opd.aligned import Crossed, Pairing, SpanDense
 from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
 from opd.expression import Expression
@@ -33,6 +34,7 @@ class TileScope:
         self.logits_nV, self.step = logits_nV, prepared.step
         self._student: dict[float, Tensor] = {}
         self._judges: dict[tuple[Judge, float], Tensor] = {}
+        self._crossed: dict[tuple[Judge, float, Pairing], Crossed] = {}
 
     def student(self, temperature: float) -> Tensor:
         if temperature not in self._student:
@@ -48,6 +50,15 @@ class TileScope:
             z_nV = signal.logits(self.at).to(self.logits_nV.dtype)
             self._judges[key] = (z_nV if temperature == 1 else z_nV / temperature).log_softmax(-1)
         return self._judges[key]
+
+    def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
+        key = (judge, temperature, by)
+        if key not in self._crossed:
+            signal = self.batch.signals[judge]
+            assert isinstance(signal, SpanDense)
+            token_n, mine_nV = self.batch.token_N[self.at], self.student(temperature)
+            self._crossed[key] = signal.cross(mine_nV, token_n, self.at, temperature, by)
+        return self._crossed[key]
 
     def _token(self, logp_nV: Tensor) -> Tensor:
         return logp_nV.gather(-1, self.batch.token_N[self.at, None])[:, 0]
@@ -132,8 +143,9 @@ class Trainee(nn.Module):
 
     def forward(self, batch: Batch, rows: Sequence[int], value: Callable[[slice, Tensor], Tensor], tile: int) -> Tensor:
         h_mH = self.model.hidden(batch, rows)
+        joined_m = batch.joined_N[flat_index(batch, rows)]
         with self.model.autocast():
-            return tiled_loss(self.model.head, h_mH, value, tile)
+            return tiled_loss(self.model.head, h_mH, value, tile, joined_m)
 
 
 @dataclass
@@ -177,6 +189,9 @@ class Student:
                 return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, tally)
 
             self.trainee(batch, cut, value, self.optim.tile).backward()
+        for alignment in batch.alignments.values() if counted else ():
+            for name, x_N in alignment.seen().items():
+                tally.mean(name, x_N)
         if total is not None and not counted:  # a rank without rows of its own still takes part in every sum
             for _, p in trained(self.model.module):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from opd import retokenize
 from opd.batch import Batch
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
@@ -28,7 +29,7 @@ from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
 from opd.signals import Dense, Experts, Score, Shelf, Signal, Token
-from opd.types import Judge, Needs, Prompt, Rollout, Says
+from opd.types import RETOKENIZED, Judge, Needs, Prompt, Rollout, Says
 from opd.views import SAME, View, reread
 
 
@@ -156,6 +157,9 @@ class Teachers:
 
     def _listen(self, judge: Judge, batch: Batch, says: Says) -> Signal:
         """One judge about every row that its view exists for, each row by the model that it is for."""
+        if judge.view == RETOKENIZED:
+            voice = self.voices.get(judge.role, self.renderer)
+            return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
         seen, shown_B = self._seen(batch, judge.view)
         whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
         rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}

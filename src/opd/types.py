@@ -26,6 +26,9 @@ class Says(IntEnum):
     SCORE = 10  # one number per rollout, from a critic that learns
 
 
+RETOKENIZED = "retokenized"  # a view: the same text in the judge's own tokens, behind its own rendering of the prompt
+
+
 @dataclass(frozen=True, slots=True)
 class Judge:
     """A reference by role: who judges, and what the judge sees. Holds no weights; hashable and printable."""

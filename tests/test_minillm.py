@@ -319,7 +319,7 @@ def test_the_clip_is_around_the_old_student_in_the_paper_and_around_the_sampler_
     paper, code = (build("minillm", {"form": form}).loss.terms[1].head for form in ("paper", "official"))
     assert (str(paper.anchor), str(code.anchor)) == ("log π_old", "log μ")
     one, far = f64(0.0), f64(-1.0)
-    assert trust.surrogate(one, far, f64(1.0), (0.2, 0.2)) == -1.2
+    assert trust.surrogate(one - far, f64(1.0), (0.2, 0.2)) == -1.2
     with pytest.raises(UsageError, match="always divides by the tokens that are left"):
         build("minillm", {"form": "official", "length_norm": False})
 

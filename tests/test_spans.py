@@ -92,7 +92,7 @@ def logp_written_out(student: CausalModel, batch: Batch) -> Tensor:
 
 
 def written_out(student: CausalModel, batch: Batch, value: Value) -> Tensor:
-    """Sum over rows of the mean over their spans of value(loss tokens of the span, log pi [N, V], signal), over rows."""
+    """Mean over rows of the mean over their spans of value(loss tokens of the span, log pi [N, V], signal)."""
     signal = batch.signals[J]
     assert isinstance(signal, SpanDense)
     logp_NV = logp_written_out(student, batch)

@@ -273,4 +273,8 @@ def test_samples_and_methods_for_people(opd, finished):
     code, said, _ = opd("samples", finished, "--n", 1)
     assert code == 0 and "step 2" in said
     code, said, _ = opd("methods")
-    assert code == 0 and "token_opd" in said and "teacher: TOKEN" in said
+    assert code == 0 and "token_opd" in said and "opd methods NAME" in said
+    code, said, _ = opd("methods", "token_opd")
+    assert code == 0 and "teacher: TOKEN" in said and "against = behaviour" in said and "Thinking Machines" in said
+    code, _, wrong = opd("methods", "token_odp")
+    assert code == 2 and "there is no method `token_odp`" in wrong

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -175,22 +176,36 @@ def check(
 
 
 @app.command()
-def methods(as_json: Json = False) -> None:
-    """List the methods: who speaks, who judges, what is asked of whom."""
-    from opd.method import catalogue, describe
+def methods(
+    name: Annotated[str | None, typer.Argument(help="One method, in full: its formula, source and arguments.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the methods, or say all about one: who speaks, who judges, what is asked of whom."""
+    from inspect import getdoc
 
-    rows = [describe(name, fn) for name, fn in catalogue().items()]
+    from opd.method import catalogue, describe, find
+
+    named = catalogue() if name is None else {name: find(name)}
+    rows = [describe(each, fn) for each, fn in named.items()]
     if as_json:
-        _json(rows)
+        _json(rows if name is None else rows[0])
         return
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("method", "speaks", "asks", "what it does", box=None, pad_edge=False)
-    for row in rows:
+    if name is not None:
+        row = rows[0]
         asks = ", ".join(f"{judge}: {says}" for judge, says in row["needs"].items()) or "nobody"
-        table.add_row(*map(Text, (row["name"], row["speaks"], asks, row["about"])))
+        about = re.sub(r"(?<!\n)\n(?!\n|[A-Z][\w ]+: )", " ", getdoc(named[name]) or "")  # the terminal breaks lines
+        arguments = "\n".join(f"  {key} = {default}" for key, default in row["arguments"].items())
+        said = f"{about}\n\nMinimises: {row['loss']}\nAsks: {asks}\nArguments:\n{arguments}"
+        out.print(said, highlight=False, markup=False, soft_wrap=False)
+        return
+    table = Table("method", "what it does", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*map(Text, (row["name"], row["about"])))
     out.print(table)
+    out.print("\nopd methods NAME says all about one: formula, gradient, source, arguments", highlight=False)
 
 
 @app.command()

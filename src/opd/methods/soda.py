@@ -14,7 +14,7 @@ def soda(*, beta: Positive = 0.1) -> Method:
     Speaks: teacher and reference, a row each for every prompt; the reference is the student at stage start, and
     answers each prompt once, at temperature 1. Judge: reference; says TOKEN.
     Loss: mean over prompts of -log sigmoid(z), z = beta [log pi/ref (teacher's answer) - log pi/ref (reference's
-    answer)], log pi/ref summed over the answer's tokens.
+    answer)], log pi/ref summed over the answer's tokens, at `speak.temperature`.
     Gradient: exactly that of the loss, as a push: a token of the teacher's answer has the credit +beta sigmoid(-z), of
     the reference's -beta sigmoid(-z), times the gradient of log pi. At beta = 1 its fixed point is the teacher; below,
     the teacher sharpened against the reference, ref (teacher / ref)^(1 / beta).

@@ -97,7 +97,7 @@ def ticks(low: float, high: float, about: int = 4) -> list[float]:
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * 0.999)
     first = math.ceil(low / step - 1e-9)
     last = math.floor(high / step + 1e-9)
-    return [round(i * step, 12) for i in range(first, last + 1)]
+    return [round(i * step, 12) for i in range(first, last + 1)] or ticks(low, high, 2 * about)  # none fell inside
 
 
 def number(value: float | None, percent: bool = False, digits: int = 3) -> str:

@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Another place for torch, such as a CUDA build: make demo TORCH="torch==2.13.0 --index-url https://..."
 TORCH ?= torch==2.13.0
+# Test processes, each of one thread.
+WORKERS ?= 2
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export TOKENIZERS_PARALLELISM = false
@@ -20,7 +22,7 @@ demo: $(READY)
 	$(BIN)/opd demo
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not services" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadscope -m "not services" $(ARGS)
 
 test-services: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m services $(ARGS)

@@ -132,13 +132,12 @@ def check(a: Any, b: Any, text: str) -> None:
     assert [*stop[0]] == [len(ids) - 1] and [*stop[1]] == [len(read.tokens) - 1]
     assert read.tokens[-1] == judge.stop_ids[0]
     mine, theirs = cross.mine.of(ids), cross.theirs.of(read.tokens)
-    leads = [cross._lead(student, cross.mine), cross._lead(judge, cross.theirs)]
     last = (-1, -1)
     for left, right in read.spans[:-1]:
         sides = ((mine, left), (theirs, right))
         spelled = [b"".join(piece or b"?" for piece in own[r.start : r.stop]) for own, r in sides]
         if last == (-1, -1):  # a tokenizer may put a space before a text
-            first, second = ({x, x.removeprefix(lead)} for x, lead in zip(spelled, leads, strict=True))
+            first, second = ({x, x.removeprefix(lead)} for x, lead in zip(spelled, cross.leads, strict=True))
             assert first & second
         else:
             assert spelled[0] == spelled[1]
@@ -180,7 +179,7 @@ def test_spans_end_where_both_do() -> None:
     read = cross.read(ids, False)
     assert [len(theirs) for _, theirs in read.spans] == [3, 4] and len(read.tokens) == 7
     assert read.ahead == ((False, b"th"), (False, b" do"))
-    assert cross.entry((False, b"th")) == [(i, j) for i, j in shared_after(cross.mine, cross.theirs, b"th")]
+    assert cross.entry((False, b"th")).T.tolist() == [[i, j] for i, j in shared_after(cross.mine, cross.theirs, b"th")]
 
 
 def test_the_side_that_is_ahead_may_be_the_students() -> None:
@@ -188,7 +187,7 @@ def test_the_side_that_is_ahead_may_be_the_students() -> None:
     cross = crossing(student, judge)
     read = cross.read(student.verbatim_ids("the dog"), False)
     assert read.ahead == ((True, b"th"), (True, b" do"))
-    ends = [(cross.mine.pieces[i], cross.theirs.pieces[j]) for i, j in cross.entry((True, b" do"))]
+    ends = [(cross.mine.pieces[i], cross.theirs.pieces[j]) for i, j in cross.entry((True, b" do")).T.tolist()]
     assert (b"g", b" dog") in ends and all(t == b" do" + s for s, t in ends if s and t)
 
 

@@ -64,7 +64,7 @@ class Crossing:
     def read(self, tokens: Sequence[int], stopped: bool) -> Answer:
         """How the judge reads the student's tokens of an answer; `stopped` says that the last one is a stop token."""
         body = tuple(tokens[: len(tokens) - stopped])
-        lead = self._lead(self.student, self.mine)
+        lead = self.leads[0]
         at, text = legible(self.mine.of(body), lead)
         ids = self.judge.verbatim_ids(text)
         places, space = self._places(ids, text)
@@ -78,23 +78,28 @@ class Crossing:
         return Answer(ids, tuple(found), tuple(ahead))
 
     @cached_property
-    def _entries(self) -> dict[tuple[bool, bytes], list[tuple[int, int]]]:
-        return {(False, b""): self.shared}
+    def _entries(self) -> dict[tuple[bool, bytes], Tensor]:
+        return {}
 
-    def entry(self, ahead: tuple[bool, bytes]) -> list[tuple[int, int]]:
-        """Ids that end a span in the same text, where one side's earlier tokens are so far ahead."""
+    def entry(self, ahead: tuple[bool, bytes]) -> Tensor:
+        """[2, pairs] ids of student and judge that end a span in the same text, one side being so far ahead."""
         if ahead not in self._entries:
-            mine, what = ahead
-            pairs = shared_after(self.theirs, self.mine, what) if mine else shared_after(self.mine, self.theirs, what)
-            self._entries[ahead] = [(i, j) for j, i in pairs] if mine else pairs
+            later, what = ahead
+            if not what:
+                pairs = self.shared
+            elif later:
+                pairs = [(i, j) for j, i in shared_after(self.theirs, self.mine, what)]
+            else:
+                pairs = shared_after(self.mine, self.theirs, what)
+            self._entries[ahead] = torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
         return self._entries[ahead]
 
     def _places(self, ids: tuple[int, ...], text: str) -> tuple[list[Interval | None], bytes]:
         """Where the judge's tokens stand in the text, and what its tokenizer put before that: a space, or nothing."""
-        lead, pieces = self._lead(self.judge, self.theirs), self.theirs.of(ids)
+        pieces = self.theirs.of(ids)
         filled = self._filled(pieces, text)
         ways = []
-        for space in dict.fromkeys([lead, b""]):
+        for space in dict.fromkeys([self.leads[1], b""]):
             at = _shifted(placed(filled, space + text.encode()), len(space))
             ways.append(([None if p is None else x for p, x in zip(pieces, at, strict=True)], space))
         return max(ways, key=lambda way: sum(x is not None for x in way[0]))
@@ -121,11 +126,14 @@ class Crossing:
     def _known(self) -> dict[str, bool]:
         return {}
 
-    @staticmethod
-    def _lead(renderer: Renderer, own: Spelling) -> bytes:
-        """What tokens of an answer spell before its first letter: a space, for SentencePiece-like tokenizers."""
-        spelled = b"".join(piece or b"" for piece in own.of(renderer.verbatim_ids("a")))
-        return spelled.removesuffix(b"a") if spelled.endswith(b"a") else b""
+    @cached_property
+    def leads(self) -> tuple[bytes, bytes]:
+        """What the tokens of an answer spell before its first letter: a space, for SentencePiece-like tokenizers."""
+        mine, theirs = (
+            b"".join(piece or b"" for piece in own.of(renderer.verbatim_ids("a")))
+            for renderer, own in ((self.student, self.mine), (self.judge, self.theirs))
+        )
+        return mine.removesuffix(b"a") * mine.endswith(b"a"), theirs.removesuffix(b"a") * theirs.endswith(b"a")
 
 
 Side = tuple[list[Interval | None], bytes, int]  # places of tokens, the text behind its lead, how long that is
@@ -256,8 +264,8 @@ def share(cross: Crossing, read: Sequence[Answer], device: torch.device) -> Shar
     numbers = {(False, b""): 0}
     entry = [numbers.setdefault(ahead, len(numbers)) for answer in read for ahead in answer.ahead]
     pairs = [cross.entry(ahead) for ahead in numbers]
-    count = torch.tensor([len(p) for p in pairs])
-    mine, theirs = torch.tensor([ids for p in pairs for ids in p], dtype=torch.long).T
+    count = torch.tensor([p.shape[1] for p in pairs])
+    mine, theirs = torch.cat(pairs, 1)
     parts = (mine, theirs, count.cumsum(0) - count, count, torch.tensor(entry, dtype=torch.long))
     return Shared(*(part.to(device) for part in parts))
 

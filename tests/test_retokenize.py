@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,26 @@ import pytest
 import torch
 from tabled import F64, gradient, relative
 from tokenized import FAMILIES, byte_level, characters, sentencepiece, voice
+from transformers import AutoTokenizer
 
 from opd.aligned import SpanDense, SpanToken
 from opd.api import load
 from opd.assemble import assemble
 from opd.batch import Batch, pack
-from opd.chat import Renderer
+from opd.chat import Renderer, renderer
 from opd.engines.table import table_model
 from opd.errors import OpdError, UsageError
 from opd.legs import legs
 from opd.method import RETOKENIZED_TEACHER, TEACHER, build
 from opd.model import CausalModel
+from opd.model import load as load_model
 from opd.retokenize import crossing, hear
 from opd.signals import Dense
 from opd.teachers import Teachers
 from opd.types import Message, Prompt, Rollout, Says, Turn
+
+WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
+needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 J = RETOKENIZED_TEACHER
 CHATML = (
@@ -139,6 +145,25 @@ def test_what_cannot_be_aligned_is_masked_and_counted() -> None:
     assert gradient(student, heard, plain)[1]["loss/total"] == pytest.approx(
         gradient(student, heard, plain, tile=1, micro=1)[1]["loss/total"], rel=1e-10
     )
+
+
+@needs_world
+def test_a_real_model_reads_a_real_students_text() -> None:
+    """What the spans of a text sum to is what Hugging Face's own forward gives for the teacher's tokens of it."""
+    student, judge = (
+        renderer(AutoTokenizer.from_pretrained(str(WORLD / "models" / name)), stop_ids=(1,))
+        for name in ("stories260K", "babyllama105")
+    )
+    teacher = load_model(WORLD / "models" / "babyllama105", dtype="float64", frozen=True)
+    prompt, text = ask("Once upon a time, there was a cat."), 'The cat was happy and said, "I can run!"'
+    batch = batch_of(says(student, text, prompt))
+    signal = hear(batch, teacher, student, judge, Says.TOKEN)
+    before, answer = judge.prompt_ids(prompt), (*judge.verbatim_ids(text), 1)
+    with torch.no_grad():
+        logits = teacher.module(input_ids=torch.tensor([[*before, *answer]])).logits[0].double()
+    logp = logits[len(before) - 1 : -1].log_softmax(-1).gather(-1, torch.tensor(answer)[:, None]).sum()
+    assert bool(signal.alignment.inside_N.all()) and len(answer) > len(batch.row_N)
+    assert float(signal.logp_N.sum()) == pytest.approx(float(logp), rel=1e-9)
 
 
 # --- what cannot be read ---------------------------------------------------------------------------------------------

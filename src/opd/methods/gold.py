@@ -30,7 +30,8 @@ def gold(
     w_u sum_i |p_(i) - q_(i)| over the others, sorted by size. A span is the shortest run of the student's tokens and of
     the teacher's that cover the same bytes; p and q are "its tokens as they are, then any last one", by the chain rule,
     not normalised (as in TRL's hybrid): they sum to less than 1 in a span of several tokens. Last tokens are compared
-    where they make the span the same text. `mapped` and `rest` are w_m and w_u; unless given, the share of the
+    where they make the span the same text (a token that both have is held against all text that begins so, on either
+    side: a student whose own tokens are longer is drawn to shorter ones a little). `mapped` and `rest` are w_m and w_u; unless given, the share of the
     teacher's vocabulary that is mapped (tokens that spell the same bytes, and the stop tokens), and the rest of 1.
     `stop: false` leaves the stop token out. `form: push` is `token_opd` on spans: each token of a span has the credit
     log teacher(span) - log student(span), and there is no vocabulary in memory.

@@ -30,11 +30,12 @@ def gold(
     w_u sum_i |p_(i) - q_(i)| over the others, sorted by size. A span is the shortest run of the student's tokens and of
     the teacher's that cover the same bytes; p and q are "its tokens as they are, then any last one", by the chain rule,
     not normalised (as in TRL's hybrid): they sum to less than 1 in a span of several tokens. Last tokens are compared
-    where they make the span the same text (a token that both have is held against all text that begins so, on either
-    side: a student whose own tokens are longer is drawn to shorter ones a little). `mapped` and `rest` are w_m and w_u; unless given, the share of the
-    teacher's vocabulary that is mapped (tokens that spell the same bytes, and the stop tokens), and the rest of 1.
-    `stop: false` leaves the stop token out. `form: push` is `token_opd` on spans: each token of a span has the credit
-    log teacher(span) - log student(span), and there is no vocabulary in memory.
+    where they make the span the same text. (A token that both have stands for all text that begins so where its owner
+    has no longer one: a student with longer tokens than the teacher's is drawn to shorter ones.) `mapped` and `rest`
+    are w_m and w_u; unless given, the share of the teacher's vocabulary that is mapped (tokens that spell the same
+    bytes, and the stop tokens), and the rest of 1. `stop: false` leaves the stop token out. `form: push` is `token_opd`
+    on spans: each token of a span has the credit log teacher(span) - log student(span), and there is no vocabulary in
+    memory.
     Gradient: through the student's distribution at the last token of a span, and its log-probability of those before.
     Source: GOLD, Hugging Face (2025), and TRL's `GOLDTrainer`; ULD, arXiv 2402.12030, for the sorted part.
     Differs from the paper in: the chain rule is TRL's "bayesian" merge; its default, "observed", reads every

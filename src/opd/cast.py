@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from opd.head import Head
+from opd.log import full_disk
 from opd.model import CausalModel, parameters
 
 Load = Callable[[], CausalModel]
@@ -36,8 +39,11 @@ class Cast(Mapping[str, CausalModel]):
         if role not in self._here:
             load = self._loads[role]
             if role not in self.kept:
-                for guest in [r for r in self._here if r not in self.kept]:
+                guests = [r for r in self._here if r not in self.kept]
+                for guest in guests:
                     del self._here[guest]
+                if guests:
+                    gc.collect()  # a module may hold itself in a circle
             self._here[role] = load()
             self._sizes[role] = parameters(self._here[role])
         return self._here[role]
@@ -67,16 +73,25 @@ def carried(x: Tensor, folder: Path | None) -> Tensor:
     """
     if folder is None:
         return x
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.truncate(max(1, x.numel() * x.element_size()))
-        mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
+    if not x.numel():
+        return x.cpu()
+    with full_disk(f"hidden states could not be written to {folder}", "The checkpoints are kept", folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            _make_room(file.fileno(), x.numel() * x.element_size())
+            mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
     return mapped.view(x.shape).copy_(x)
+
+
+def _make_room(file: int, size: int) -> None:
+    """Take the bytes now: writing to a mapped file on a full disk would kill the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 def carried_head(head: Head, folder: Path | None) -> Head:
     """A head that outlives its model: its weights copied off the device."""
-    copy: Callable[[Tensor], Tensor] = lambda w: carried(
-        w.detach().cpu() if folder else w.detach().cpu().clone(), folder
-    )
+    copy: Callable[[Tensor], Tensor] = lambda w: carried(w.detach().to("cpu", copy=folder is None), folder)
     return replace(head, weight=copy(head.weight), bias=None if head.bias is None else copy(head.bias))

@@ -13,6 +13,7 @@ from opd.engines.base import Sampling
 from opd.errors import UsageError
 from opd.loss import Objective
 from opd.method import EXPERT, VIEWS, Method, Setting, bind
+from opd.mixture import Mixture
 from opd.recipe import Recipe, Stage
 from opd.types import Says
 
@@ -34,8 +35,18 @@ class Leg:
         """Whether the critic learns in this stage."""
         return any(not learned.fixed for learned in self.method.loss.learned)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a judge sees hints."""
+        return any(judge.view == "hint" for judge in self.method.needs)
+
+    @property
+    def domains(self) -> frozenset[str] | None:
+        """What its prompts are about; None is everything."""
+        return None if self.stage.domains is None else frozenset(self.stage.domains)
+
     def steps(self, prompts: int) -> int:
-        """Length in steps, for a training set of this many prompts."""
+        """Length in steps, for this many prompts to draw from."""
         if self.stage.steps is not None:
             return self.stage.steps
         return max(1, ceil((self.stage.epochs or 1.0) * prompts / self.stage.train.prompts - 1e-9))
@@ -48,7 +59,7 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
     roles = {role: Says.DENSE if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
     if roles:
-        roles[EXPERT] = min(roles.values())
+        roles[EXPERT] = max(roles.values())  # whether each domain has its own is known with the data
     found: list[Leg] = []
     problems: list[str] = []
     methods: list[tuple[Stage, Method]] = []
@@ -81,15 +92,9 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
             bind(built, setting)
         except UsageError as error:
             problems += [f"stage `{stage.name or built.name}`: {p}" for p in error.problems]
-        ended = {"initial", *(leg.name for leg in found)}
-        for role, teacher in recipe.teachers.items():
-            asked = {j.role for j in built.needs} & {role, EXPERT}
-            if teacher.stage and asked and teacher.stage not in ended:
-                problems.append(
-                    f"stage `{stage.name}` asks `{role}`, the student at the end of stage `{teacher.stage}`, which has "
-                    "not ended then: put that stage before it"
-                )
-        found.append(Leg(stage, built, sampling))
+        leg = Leg(stage, built, sampling)
+        problems += _too_early(recipe, leg, {"initial", *(other.name for other in found)})
+        found.append(leg)
     if problems:
         raise UsageError(*problems)
     return tuple(found)
@@ -104,6 +109,34 @@ def _objective(methods: Sequence[Method], place: int) -> Objective:
     )
 
 
+def _too_early(recipe: Recipe, leg: Leg, ended: set[str]) -> list[str]:
+    """Teachers that the leg asks and that are the student at the end of a stage which has not ended then."""
+    asked = {j.role for j in leg.method.needs}
+    if EXPERT in asked:
+        asked |= set(recipe.teachers if leg.stage.domains is None else leg.stage.domains)
+    if recipe.hint is not None and recipe.hint.judge and leg.looks_back:
+        asked.add(recipe.hint.judge)
+    return [
+        f"stage `{leg.name}` asks `{role}`, the student at the end of stage `{teacher.stage}`, which has not ended "
+        "then: put that stage before it"
+        for role, teacher in recipe.teachers.items()
+        if teacher.stage and role in asked and teacher.stage not in ended
+    ]
+
+
+def first_cursor(found: Sequence[Leg], index: int, mixture: Mixture) -> int:
+    """Where a stage's sequence of prompts goes on: as many as earlier stages of the same domains drew from it."""
+    own = found[index].domains
+    earlier = [leg for leg in found[:index] if leg.domains == own]
+    return sum(leg.steps(mixture.of(leg.stage.domains).size) * leg.stage.train.prompts for leg in earlier)
+
+
+def text_role(recipe: Recipe, found: Sequence[Leg]) -> str | None:
+    """Whose text evaluations compare with, if anybody's: a teacher that is there from the start to the end."""
+    roles = [j.role for leg in found for j, says in leg.method.needs.items() if says is Says.TEXT]
+    return next((r for r in roles if r not in recipe.teachers or not recipe.teachers[r].stage), None)
+
+
 def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
     """plan.json: what will be optimised, in words and as the equation, per stage."""
     needs = {str(j): s.name for leg in found for j, s in leg.method.needs.items()}
@@ -113,7 +146,9 @@ def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
         "equation": str(found[-1].method.loss),
         "speaks": str(found[-1].method.speaks),
         "student": recipe.student.model,
-        "teachers": {role: (t.model or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()},
+        "teachers": {
+            role: (t.model or t.stage or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()
+        },
         "needs": needs,
         "stages": [
             {

@@ -24,7 +24,7 @@ from opd.engines.base import Sampling, Spoken
 from opd.engines.blend import Blend
 from opd.engines.local import generate
 from opd.errors import UsageError
-from opd.head import token_logp
+from opd.head import Head, token_logp
 from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
@@ -47,6 +47,7 @@ class Teachers:
     views: Mapping[str, View] = field(default_factory=dict)
     came_next: Next | None = None  # what follows an answer, for the view `hint`
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
+    rooms: Mapping[str, int] = field(default_factory=dict)  # tokens that a role's model can hold, where it says so
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
     critic: Critics | None = None
     stage: str = ""  # the one that runs: the reference is of its start
@@ -160,57 +161,74 @@ class Teachers:
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
             return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
-        seen, shown_B = self._seen(batch, judge.view)
         whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
-        rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}
-        everything = shown_B.all()
+        seen, shown_B = self._seen(batch, judge.view, whose)
+        asked = [b for b in range(len(whose)) if shown_B[b] and batch.length_B[b]]
+        rows = {role: [b for b in asked if whose[b] == role] for role in dict.fromkeys(whose[b] for b in asked)}
+        everything = bool(shown_B.all())
         heard_N = None if everything else shown_B.to(batch.row_N.device)[batch.row_N]
         if says is Says.TOKEN:
             logp_N = torch.full_like(batch.behaviour_N, float("nan"))
-            for role, mine in rows.items():
-                model = self.model(role)
+            for role, mine in self._in_turn(rows):
                 part = seen if len(mine) == len(whose) else seen.rows(mine)
-                h_MH = model.all_hidden(part)
-                with model.autocast():
-                    logp_M = token_logp(model.head, h_MH, part.token_N, batch.temperature)
-                logp_N[flat_index(batch, mine)] = logp_M.to(logp_N)
+                logp_N[flat_index(batch, mine)] = self._token_logp(role, part).to(logp_N)
             return Token(logp_N, heard_N)
-        if not shown_B.any():  # nobody has this view in this step: every gate on it is shut
+        if not rows:  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
         if judge.role != EXPERT and everything:
-            model = self.model(judge.role)
-            return Dense(model.all_hidden(seen), model.head)
-        return self._experts(seen, {r: m for r, m in rows.items() if m}, heard_N)
+            return Dense(self.model(judge.role).all_hidden(seen), self._head(judge.role))
+        return self._experts(seen, rows, heard_N)
 
-    def _experts(self, seen: Batch, rows: Mapping[str, Sequence[int]], heard_N: Tensor | None) -> Experts:
+    def _in_turn(self, rows: Mapping[str, list[int]]) -> list[tuple[str, list[int]]]:
+        """Judges with their rows; those that are in memory first."""
+        return sorted(rows.items(), key=lambda pair: pair[0] in self.cast and pair[0] not in self.cast.here)
+
+    def _token_logp(self, role: str, part: Batch) -> Tensor:  # the model is not held on to: another may come next
+        model = self.model(role)
+        h_MH = model.all_hidden(part)
+        with model.autocast():
+            return token_logp(model.head, h_MH, part.token_N, part.temperature)
+
+    def _head(self, role: str) -> Head:
+        """A judge's output head as it is now: copied where its model leaves, or goes on learning."""
+        head = self.model(role).head
+        if role in self.cast and role not in self.cast.kept:
+            return carried_head(head, self.disk)
+        return replace(head, weight=head.weight.detach().clone()) if head.weight.requires_grad else head
+
+    def _experts(self, seen: Batch, rows: Mapping[str, list[int]], heard_N: Tensor | None) -> Experts:
         """One judge after another over its own rows. A judge that is not kept leaves before the next one comes; its
         hidden states and its head stay, in memory or on disk."""
         judge_N, place_N = torch.zeros_like(seen.row_N), torch.zeros_like(seen.row_N)
-        hidden, heads = [], []
-        for number, (role, mine) in enumerate(rows.items()):
-            model, at_M = self.model(role), flat_index(seen, mine)
-            h_MH = model.all_hidden(seen.rows(mine))
-            judge_N[at_M] = number
+        hidden: dict[str, Tensor] = {}
+        heads: dict[str, Head] = {}
+        numbers = {role: number for number, role in enumerate(rows)}
+        for role, mine in self._in_turn(rows):
+            at_M = flat_index(seen, mine)
+            hidden[role] = carried(self.model(role).all_hidden(seen.rows(mine)), self.disk)
+            heads[role] = self._head(role)
+            judge_N[at_M] = numbers[role]
             place_N[at_M] = torch.arange(len(at_M), device=at_M.device)
-            hidden.append(carried(h_MH, self.disk))
-            heads.append(
-                model.head if role not in self.cast or role in self.cast.kept else carried_head(model.head, self.disk)
-            )
-        return Experts(judge_N, place_N, tuple(hidden), Shelf(heads, seen.row_N.device), heard_N)
+        shelf = Shelf([heads[role] for role in rows], seen.row_N.device)
+        return Experts(judge_N, place_N, tuple(hidden[role] for role in rows), shelf, heard_N)
 
-    def _seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
-        """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B]."""
+    def _seen(self, batch: Batch, name: str, whose: Sequence[str]) -> tuple[Batch, Tensor]:
+        """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B].
+
+        A row that its judge cannot hold is not seen either.
+        """
         shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
         if name == SAME:
             return batch, shown_B
         view, rows = self.views[name], list(batch.rollouts)
         for b, rollout in enumerate(batch.rollouts):
             prompt = view.of(rollout.prompt, rollout.hint)
-            if prompt is None:
+            row = None if prompt is None else reread(rollout, self.renderer.prompt_ids(prompt))
+            if row is None or len(row.tokens) > self.rooms.get(whose[b], len(row.tokens)):
                 shown_B[b] = False
             else:
-                rows[b] = reread(rollout, self.renderer.prompt_ids(prompt))
+                rows[b] = row
         shift_B = torch.tensor([len(new.tokens) - len(r.tokens) for new, r in zip(rows, batch.rollouts, strict=True)])
         position_N = batch.position_N + shift_B.to(batch.row_N.device)[batch.row_N]
         return replace(batch, rollouts=tuple(rows), position_N=position_N), shown_B

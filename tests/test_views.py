@@ -13,11 +13,11 @@ from driven import metrics, run, short
 from opd.assemble import load_tokenizer, model_path
 from opd.batch import pack
 from opd.chat import renderer
-from opd.errors import OpdError, UsageError
-from opd.loss import match, push
 from opd.credits import log_ratio
 from opd.divergences import Divergence
+from opd.errors import OpdError, UsageError
 from opd.gates import heard
+from opd.loss import match, push
 from opd.method import build
 from opd.model import load
 from opd.student import Optim, Student
@@ -230,7 +230,9 @@ def test_rows_without_a_view_are_refused_unless_a_gate_says_what_happens(tiny):
         judge, batch = hear((model, voice, told), view, says, judge)
         rows_heard = batch.heard(judge)
         assert torch.equal(rows_heard, torch.tensor([float(r % 2) for r in batch.row_N.tolist()], dtype=torch.float64))
-        with pytest.raises(OpdError, match=r"loss tokens of .* have no finite value for the log-probability of `student"):
+        with pytest.raises(
+            OpdError, match=r"loss tokens of .* have no finite value for the log-probability of `student"
+        ):
             student.gradient(batch, plain)
         alone = batch.rows([1, 3])
         student.optimizer.zero_grad()
@@ -262,7 +264,9 @@ def test_a_row_that_its_judge_cannot_hold_is_not_heard(tiny):
 
 def test_a_prompt_that_is_too_long_with_its_view_is_refused_before_training(tmp_path):
     long = {"views": {"answer": "{prompt}" * 40}, "speak": {"max_tokens": 20}}
-    with pytest.raises(UsageError, match=r"14 of 14 prompts are too long for `reference\[answer\]` \(the first: world:so"):
+    with pytest.raises(
+        UsageError, match=r"14 of 14 prompts are too long for `reference\[answer\]` \(the first: world:so"
+    ):
         run(short(tmp_path, "opsd", teachers=None, **long))
     assert not (tmp_path / "run").exists()
 

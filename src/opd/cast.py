@@ -48,6 +48,9 @@ class Cast(Mapping[str, CausalModel]):
             self._sizes[role] = parameters(self._here[role])
         return self._here[role]
 
+    def __contains__(self, role: object) -> bool:  # a mapping's own would load the model to find out
+        return role in self._loads
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._loads)
 

@@ -136,13 +136,16 @@ class Teachers:
         return with_hints(rollouts, self.came_next, partial(self._votes, step=step) if self.hint_judge else None)
 
     def _votes(self, questions: Sequence[Prompt], step: int) -> list[list[str]]:
-        """The hint judge's answers to each question; the same question twice in a step is asked once."""
+        """The hint judge's answers to each question; the same question twice in a step is asked once. One that the judge
+        cannot hold is not answered."""
         assert self.hint_judge is not None
         role, votes = self.hint_judge
-        voice, distinct = self.voices.get(role, self.renderer), list({q.id: q for q in questions}.values())
+        voice, room = self.voices.get(role, self.renderer), self.rooms.get(role)
+        fits = lambda q: room is None or len(voice.prompt_ids(q)) + self.sampling.max_tokens <= room
+        distinct = [q for q in {q.id: q for q in questions}.values() if fits(q)]
         said = speak_with(self.model(role), voice, distinct, votes, self.sampling, self.seed, step, self.rows)
         text = {q.id: [voice.text(s.tokens) for s in each] for q, each in zip(distinct, said, strict=True)}
-        return [text[q.id] for q in questions]
+        return [text.get(q.id, []) for q in questions]
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 

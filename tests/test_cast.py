@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from functools import cache
 
+import driven
 import pytest
 import torch
 from driven import run, short, small
@@ -27,6 +29,12 @@ ROLES = {"group": "world:expert-group", "sort": "world:student", "record": "worl
 TEXTS = {"group": ("g3k7a>", "37ka"), "sort": ("sba>", "ab"), "record": ("rkq,47>", "[kq:47]")}
 ORDER = ("sort", "group", "record", "group", "sort", "group")
 EXPERTS = Judge(EXPERT)
+
+
+@cache
+def known(name, dtype="float64"):
+    """A model to compare with: one for all tests."""
+    return fetch(name, dtype)
 
 
 def fetch(name, dtype="float64"):
@@ -69,7 +77,7 @@ def cast(dtype="float64", kept=()):
 
 def hear(voice, domains, says=Says.DENSE, dtype="float64", kept=(), disk=None):
     models, loaded, alive = cast(dtype, kept)
-    teachers = Teachers(voice, fetch("world:student", dtype), models, disk=disk)
+    teachers = Teachers(voice, known("world:student", dtype), models, disk=disk)
     batch = teachers.hear(batch_of(voice, domains, getattr(torch, dtype)), {EXPERTS: says})
     return teachers, batch, loaded, alive
 
@@ -83,7 +91,7 @@ def test_every_row_is_judged_by_the_model_of_its_domain(voice, says, domains):
     """Against each row alone, through that model's own forward; experts of different widths share one batch."""
     _, batch, *_ = hear(voice, domains, says)
     for b, rollout in enumerate(batch.rollouts):
-        model = fetch(ROLES[rollout.prompt.domain])
+        model = known(ROLES[rollout.prompt.domain])
         with torch.no_grad():
             z_TV = model.module(input_ids=torch.tensor([rollout.tokens])).logits[0, :, : model.head.vocab]
         places = torch.tensor([p for p, m in enumerate(rollout.mask) if m])
@@ -101,7 +109,7 @@ def test_carried_states_and_head_give_the_models_own_logits_to_the_bit(voice):
     _, batch, *_ = hear(voice, ORDER, dtype="float32")
     for role in ROLES:
         rows = [b for b, d in enumerate(ORDER) if d == role]
-        model, part = fetch(ROLES[role], "float32"), batch_of(voice, ORDER, torch.float32).rows(rows)
+        model, part = known(ROLES[role], "float32"), batch_of(voice, ORDER, torch.float32).rows(rows)
         direct = model.head.logits(model.all_hidden(part))
         at = torch.cat([(batch.row_N == b).nonzero()[:, 0] for b in rows])
         assert torch.equal(batch.signals[EXPERTS].logits(at), direct)
@@ -155,7 +163,7 @@ def test_nobody_is_loaded_who_has_no_row_and_counting_loads_nobody(voice):
     assert first == flops(teachers.student, None, teachers, method, batch, learning=True)
     assert [role for role, _ in loaded] == ["group", "sort"]
     tokens = [len(r.tokens) for r in batch.rollouts]
-    sizes = [parameters(fetch(ROLES[role])) for role in ("group", "sort")]
+    sizes = [parameters(known(ROLES[role])) for role in ("group", "sort")]
     judged = 2 * sum(n * size for n, size in zip(tokens, sizes, strict=True))
     assert first == judged + 8 * parameters(teachers.student) * sum(tokens)
 
@@ -187,7 +195,7 @@ def test_each_head_is_taken_once_an_optimizer_batch(voice, monkeypatch, layout):
         student.optimizer.zero_grad()
         stats = student.gradient(batch, loss)
         grads.append(torch.cat([p.grad.flatten() for p in student.model.module.parameters() if p.grad is not None]))
-        assert sorted(takes) == [0, 1, 2] or takes == [1, 2, 0][: len(takes)] or len(takes) <= 3, takes
+        assert sorted(set(takes)) == sorted(takes) and len(takes) in (2, 3), takes  # one may lie there already
         assert stats["loss/total"] > 0
     for grad in grads[1:]:
         assert (grad - grads[0]).norm() < 1e-10 * grads[0].norm()
@@ -228,7 +236,9 @@ MIXED = {"data": {"train": ["world:sort:6", "world:group:6"]}}
     ],
 )
 def test_a_domain_without_an_expert_is_refused_with_names(tmp_path, others, said):
-    teachers = {"sort": {"model": "world:expert-sort"}, **others}
+    driven.answers(tmp_path / "texts.jsonl", 6)
+    texts = {role: {"answers": str(tmp_path / home["answers"])} for role, home in others.items()}
+    teachers = {"sort": {"model": "world:expert-sort"}, **texts}
     with pytest.raises(UsageError, match=said):
         run(short(tmp_path, "full_vocab", teachers=teachers, **MIXED))
     assert not (tmp_path / "run").exists()

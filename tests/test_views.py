@@ -1,4 +1,4 @@
-"""What a judge reads in place of the student's prompt: templates, rows that keep their tokens, probabilities under them."""
+"""What a judge reads in place of the student's prompt: templates, rows that keep their tokens, probabilities."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_view_is_the_same_answer_after_another_prompt(tiny, layout, says):
 def test_a_view_that_shows_nothing_teaches_nothing(tiny, teacher):
     """OPSD of equal prompts and weights: loss and gradient are 0."""
     model, view = tiny[0], View("answer", "{prompt}")
-    judge, batch = hear(tiny, view, Says.DENSE, Judge(teacher, "answer"), reference=model.frozen_copy("reference"))
+    _, batch = hear(tiny, view, Says.DENSE, Judge(teacher, "answer"), reference=model.frozen_copy("reference"))
     student = Student(model, Optim())
     student.optimizer.zero_grad()
     stats = student.gradient(batch, build("opsd", {"teacher": teacher}).loss)
@@ -265,7 +265,7 @@ def test_a_row_that_its_judge_cannot_hold_is_not_heard(tiny):
 def test_a_prompt_that_is_too_long_with_its_view_is_refused_before_training(tmp_path):
     long = {"views": {"answer": "{prompt}" * 40}, "speak": {"max_tokens": 20}}
     with pytest.raises(
-        UsageError, match=r"14 of 14 prompts are too long for `reference\[answer\]` \(the first: world:so"
+        UsageError, match=r"14 of 14 prompts are too long for `reference\[answer\]` \(the first: world:"
     ):
         run(short(tmp_path, "opsd", teachers=None, **long))
     assert not (tmp_path / "run").exists()

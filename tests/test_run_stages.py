@@ -54,7 +54,7 @@ def whole(tmp_path_factory):
 
 
 def test_stages_draw_from_their_domains_and_go_on_where_they_stopped(whole):
-    """4 prompts a step: sort 12, then all 10 of group in 3 steps, then sort from its 13th on, then the whole mixture."""
+    """4 prompts a step: sort 12, then all 10 of group in 3 steps, then sort from its 13th on, then both."""
     from opd.data import read as prompts
 
     mixture = Mixture([prompts("world:sort:14"), prompts("world:group:10")], seed=17)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import driven
 import pytest
 import torch
@@ -119,7 +121,7 @@ def test_a_run_with_a_mean_goes_on_exactly(tmp_path, lora, monkeypatch):
     )
     whole = run(make("whole"), watch=watch)[1]
     assert len(seen) == 5 and all(torch.equal(a, b) for a, b in zip(*seen[0], strict=True))
-    for (_, before), (now, after) in zip(seen, seen[1:], strict=False):
+    for (_, before), (now, after) in pairwise(seen):
         for b, n, a in zip(before, now, after, strict=True):
             torch.testing.assert_close(a, 0.8 * b + 0.2 * n, rtol=0, atol=1e-6)
     assert any(not torch.equal(a, b) for a, b in zip(*seen[-1], strict=True)), "the mean lags behind"

@@ -266,3 +266,15 @@ def test_disk_and_memory_give_the_same_run(tmp_path):
         made = short(tmp_path, "full_vocab", steps=2, teachers=teachers, run=own | {"name": carry}, **MIXED)
         rows.append((run(made)[1] / "metrics.jsonl").read_bytes())
     assert rows[0] == rows[1]
+
+
+def test_a_single_teacher_that_does_not_stay_teaches_the_same(tmp_path):
+    rows = []
+    for resident in (True, False):
+        teachers = {"teacher": {"model": "world:teacher", "resident": resident}}
+        own = {"threads": 1, "dir": str(tmp_path), "name": str(resident)}
+        method = {"name": "gkd", "on_policy": 1.0, "divergence": "jsd"}
+        rows.append(
+            (run(short(tmp_path, method, steps=2, teachers=teachers, run=own))[1] / "metrics.jsonl").read_bytes()
+        )
+    assert rows[0] == rows[1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -39,11 +38,8 @@ class Cast(Mapping[str, CausalModel]):
         if role not in self._here:
             load = self._loads[role]
             if role not in self.kept:
-                guests = [r for r in self._here if r not in self.kept]
-                for guest in guests:
+                for guest in [r for r in self._here if r not in self.kept]:
                     del self._here[guest]
-                if guests:
-                    gc.collect()  # a module may hold itself in a circle
             self._here[role] = load()
             self._sizes[role] = parameters(self._here[role])
         return self._here[role]

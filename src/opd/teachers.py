@@ -136,13 +136,16 @@ class Teachers:
         return with_hints(rollouts, self.came_next, partial(self._votes, step=step) if self.hint_judge else None)
 
     def _votes(self, questions: Sequence[Prompt], step: int) -> list[list[str]]:
-        """The hint judge's answers to each question; the same question twice in a step is asked once. One that the judge
-        cannot hold is not answered."""
+        """The hint judge's answers to each question; the same question twice in a step is asked once.
+
+        One that the judge cannot hold is not answered.
+        """
         assert self.hint_judge is not None
         role, votes = self.hint_judge
         voice, room = self.voices.get(role, self.renderer), self.rooms.get(role)
-        fits = lambda q: room is None or len(voice.prompt_ids(q)) + self.sampling.max_tokens <= room
-        distinct = [q for q in {q.id: q for q in questions}.values() if fits(q)]
+        longest = None if room is None else room - self.sampling.max_tokens
+        once = {q.id: q for q in questions}.values()
+        distinct = [q for q in once if longest is None or len(voice.prompt_ids(q)) <= longest]
         said = speak_with(self.model(role), voice, distinct, votes, self.sampling, self.seed, step, self.rows)
         text = {q.id: [voice.text(s.tokens) for s in each] for q, each in zip(distinct, said, strict=True)}
         return [text.get(q.id, []) for q in questions]
@@ -179,7 +182,7 @@ class Teachers:
         if not rows:  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
-        if judge.role != EXPERT and everything:
+        if judge.role != EXPERT and everything and not self._leaves(judge.role):
             return Dense(self.model(judge.role).all_hidden(seen), self._head(judge.role))
         return self._experts(seen, rows, heard_N)
 
@@ -196,9 +199,15 @@ class Teachers:
     def _head(self, role: str) -> Head:
         """A judge's output head as it is now: copied where its model leaves, or goes on learning."""
         head = self.model(role).head
-        if role in self.cast and role not in self.cast.kept:
+        if self._leaves(role):
             return carried_head(head, self.disk)
-        return replace(head, weight=head.weight.detach().clone()) if head.weight.requires_grad else head
+        if not head.weight.requires_grad:
+            return head
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return replace(head, weight=head.weight.detach().clone(), bias=bias)
+
+    def _leaves(self, role: str) -> bool:
+        return role in self.cast and role not in self.cast.kept
 
     def _experts(self, seen: Batch, rows: Mapping[str, list[int]], heard_N: Tensor | None) -> Experts:
         """One judge after another over its own rows. A judge that is not kept leaves before the next one comes; its

@@ -27,6 +27,10 @@ RESULTS = Path(__file__).parent / "results" / "chains.jsonl"
 VARIANTS: dict[str, tuple[str, tuple[str, ...]]] = {
     "experts-then-merge": ("experts-then-merge", ()),
     "rl-opd-rl": ("rl-opd-rl", ()),
+    "rl-opd-rl, by whole distributions": (
+        "rl-opd-rl",
+        ("stages.opd.method=full_vocab", "stages.opd.train.prompts=96"),
+    ),
     "new-facts-then-earlier-self": ("new-facts-then-earlier-self", ()),
     "cold-start": ("cold-start", ()),
     "cold-start, without it": ("cold-start", ("stages.cold-start=null",)),
@@ -58,7 +62,7 @@ def finished() -> list[dict[str, Any]]:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a stage, a column a domain; mean over seeds, lowest and highest beside it."""
+    """Markdown: a row a stage, a column a domain; mean over seeds, lowest and highest beside it if there are several."""
     out = []
     for variant in VARIANTS:
         mine = sorted((c for c in cells if c["variant"] == variant), key=lambda c: c["seed"])
@@ -67,11 +71,11 @@ def table(cells: Sequence[dict[str, Any]]) -> str:
         domains = list(mine[0]["stages"]["start"])
         seconds = statistics.mean(c["cpu_s"] for c in mine)
         seeds = ", ".join(str(c["seed"]) for c in mine)
-        out += [f"**{variant}** (seeds {seeds}; {seconds:.0f} CPU-seconds each)", ""]
+        out += [f"**{variant}** (seed {seeds}; {seconds:.0f} CPU-seconds)", ""]
         out += [f"| after stage | {' | '.join(domains)} |", "|---|" + "---|" * len(domains)]
         for stage in mine[0]["stages"]:
             values = [[100 * c["stages"][stage][d] for c in mine] for d in domains]
-            said = [f"{statistics.mean(v):.0f} [{min(v):.0f}-{max(v):.0f}]" for v in values]
+            said = [f"{statistics.mean(v):.0f}" + f" [{min(v):.0f}-{max(v):.0f}]" * (len(v) > 1) for v in values]
             out.append(f"| {stage} | {' | '.join(said)} |")
         out.append("")
     return "\n".join(out)

@@ -62,7 +62,7 @@ def finished() -> list[dict[str, Any]]:
 
 
 def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a row a stage, a column a domain; mean over seeds, lowest and highest beside it if there are several."""
+    """Markdown: a row a stage, a column a domain; mean over seeds, with lowest and highest if there are several."""
     out = []
     for variant in VARIANTS:
         mine = sorted((c for c in cells if c["variant"] == variant), key=lambda c: c["seed"])

@@ -19,10 +19,10 @@ SRC = ROOT / "src" / "opd"
 LAYERS = {
     "ground": "errors types schedule lock log interrupt metrics vocabulary spelling",
     "algebra": "math expression divergences anchors credits gates loss spans method methods",
-    "text": "chat views hints rows data mixture tasks world verify_math rewards reward_model",
+    "text": "chat views texts hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head aligned signals engines batch model retokenize cast tally observe student critic replay"
-    " teachers speak contest checkpoint snapshot diagnose",
+    "models": "head aligned signals engines batch model retokenize cast tally compare observe student critic"
+    " replay teachers speak contest checkpoint snapshot diagnose",
     "run": "legs assemble record state best eval train runs",
     "look": "samples report panel",
     "front": "demo api cli __init__",

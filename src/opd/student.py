@@ -22,7 +22,7 @@ from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
 from opd.observe import observe
 from opd.signals import Distribution
-from opd.tally import Tally
+from opd.tally import Tally, over_updates
 from opd.types import Judge
 
 
@@ -35,6 +35,13 @@ class TileScope:
         self._student: dict[float, Tensor] = {}
         self._judges: dict[tuple[Judge, float], Tensor] = {}
         self._crossed: dict[tuple[Judge, float, Pairing], Crossed] = {}
+
+    def only(self, keep_m: Tensor) -> TileScope:
+        """The tile of some of its tokens, without gradient."""
+        part = TileScope(self.logits_nV.detach()[keep_m], self.batch, self.prepared, self.at[keep_m])
+        part._student = {key: logp_nV.detach()[keep_m] for key, logp_nV in self._student.items()}
+        part._judges = {key: logp_nV[keep_m] for key, logp_nV in self._judges.items()}
+        return part
 
     def student(self, temperature: float) -> Tensor:
         if temperature not in self._student:
@@ -217,10 +224,12 @@ class Student:
                 one = self.gradient(batch if len(parts) == 1 else batch.rows(part), loss, step, total)
                 if "loss/total" not in one:
                     continue
+                if stats and batch.old_N is None:  # the student has moved: what differs is not the sampler alone
+                    one = {k: v for k, v in one.items() if not k.startswith("mismatch/")}
                 one["grad/norm"] = guarded_step(self.model.module, self.optimizer, optim.clip, lr, one, total)
                 stats.append(one)
         self.version += bool(stats)
-        return {k: sum(s.get(k, 0.0) for s in stats) / len(stats) for k in (stats[0] if stats else {})}
+        return over_updates(stats)
 
 
 def whole_groups(batch: Batch, parts: int) -> list[list[int]]:

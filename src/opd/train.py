@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from opd import best, record, snapshot, state
+from opd import best, record, snapshot, state, texts
 from opd import rewards as scoring
 from opd.assemble import assemble, device_of, optim
 from opd.batch import Batch, pack
@@ -224,6 +224,8 @@ def _one(run: Run, steps: int) -> str | None:
     at.version = run.student.version
     at.critic_steps = run.critic.steps if run.critic else 0
     stats |= record.describe(batch, leg.method, spoken)
+    shown = {judge.view for judge in leg.method.needs} & teachers.views.keys()
+    stats |= texts.described(rollouts, [teachers.views[name] for name in sorted(shown)])
     at.generated += int(stats["tokens/generated"])
     if not waits:
         at.learned += int(stats["tokens/trained"])

@@ -129,17 +129,20 @@ def train(
     except KeyboardInterrupt:
         err.print("interrupted: the run stopped at once; `opd train --resume RUN` goes on from its last checkpoint")
         raise typer.Exit(130) from None
+    from opd.report import judged
+
+    found = judged(folder)
     if as_json:
-        _json({"run": str(folder), **summary})
+        _json({"run": str(folder), **summary, "verdict": found.plain})
     else:
-        _said(folder, summary)
+        _said(folder, summary, found.line)
     if summary["reason"] == "interrupted":
         raise typer.Exit(130)
     if summary["status"] != "finished":
         raise typer.Exit(1)
 
 
-def _said(folder: Path, summary: dict[str, Any]) -> None:
+def _said(folder: Path, summary: dict[str, Any], verdict: str) -> None:
     _say(f"{summary['status']}: {summary['step']} steps, {summary['seconds']:.0f} s, in {folder}")
     if summary["reason"]:
         _say(f"  {summary['reason']}")
@@ -147,6 +150,7 @@ def _said(folder: Path, summary: dict[str, Any]) -> None:
         if key in summary["after"]:
             before, after = summary["before"].get(key, float("nan")), summary["after"][key]
             _say(f"  {key}: {before:.3f} -> {after:.3f}")
+    _say(f"  {verdict}")
     _say(f"next: opd train --resume {folder}" if summary["reason"] == "interrupted" else f"next: opd report {folder}")
 
 
@@ -233,11 +237,17 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about one run or several."""
-    from opd.report import render
+    """Write one self-contained HTML page about one run or several, and say of each whether it is learning."""
+    from opd.report import judged, render
 
     place = render(runs, output or runs[-1] / "report.html")
-    _json({"report": str(place)}) if as_json else _say(str(place))
+    verdicts = {str(run): judged(run) for run in runs}
+    if as_json:
+        _json({"report": str(place), "verdicts": {run: found.plain for run, found in verdicts.items()}})
+        return
+    for run, found in verdicts.items():
+        _say(f"{run}: {found.line}" if len(runs) > 1 else found.line)
+    _say(str(place))
 
 
 @app.command(name="eval")

@@ -127,9 +127,9 @@ class Crossed:
         nothing = self.s_gV.new_full((), float("-inf"))
         left = []
         for logp, ids, taken_p in ((self.s_gV, mine, mine_p), (self.t_gW, theirs, theirs_p)):
-            taken = ids.new_zeros(logp.shape[-1]).index_fill(0, ids, 1).bool()
-            rest = logp.masked_fill(even_g[:, None] & taken, nothing)
-            left.append(rest.index_put((number_p, taken_p), nothing))
+            row = even_g.nonzero()[:, 0].repeat_interleave(len(ids))
+            gone = torch.cat([row, number_p]), torch.cat([ids.repeat(int(even_g.sum())), taken_p])
+            left.append(logp.index_put(gone, nothing))
         return math.align.sorted_l1(*left)
 
     def _columns(self) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:

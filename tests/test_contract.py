@@ -76,7 +76,8 @@ def test_binds_with_enough_and_is_refused_one_step_below(name):
     method, setting = build(name), enough(name)
     bind(method, setting)
     for role, says in setting.roles.items():
-        below = {Says.SCORE: Says.DENSE, Says.DENSE: Says.TOKEN, Says.TOKEN: Says.TEXT, Says.TEXT: None}[says]
+        steps = (None, Says.TEXT, Says.TOKEN, Says.TOP, Says.DENSE, Says.LAYERS)
+        below = Says.DENSE if says is Says.SCORE else steps[steps.index(says) - 1]
         weaker = {r: s for r, s in setting.roles.items() if r != role} | ({} if below is None else {role: below})
         with pytest.raises(UsageError) as caught:
             bind(method, replace(setting, roles=weaker))
@@ -111,6 +112,7 @@ def test_asks_exactly_what_it_reads(name, monkeypatch):
 
     recorded(TileScope, "distribution", Says.DENSE)
     recorded(TileScope, "crossed", Says.DENSE)
+    recorded(TileScope, "top", Says.TOP)
     recorded(TileScope, "judged", Says.TOKEN)
     recorded(WholeScope, "judged", Says.TOKEN)
     recorded(WholeScope, "scored", Says.SCORE)

@@ -21,9 +21,9 @@ LAYERS = {
     "algebra": "math expression divergences anchors credits gates loss spans method methods",
     "text": "chat views hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head aligned signals engines batch model retokenize cast tally observe student critic replay"
+    "models": "head aligned signals engines batch cache model retokenize cast tally observe student critic replay"
     " teachers speak contest checkpoint snapshot diagnose",
-    "run": "legs assemble record state best eval train runs",
+    "run": "legs assemble offline record state best eval train runs",
     "look": "samples report panel",
     "front": "demo api cli __init__",
 }

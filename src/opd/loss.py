@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
 from opd.anchors import Logp, behaviour, live
-from opd.divergences import Distance
+from opd.divergences import Distance, Divergence
 from opd.expression import Expression, Scope, Whole, union
 from opd.schedule import Coefficient, Schedule
 from opd.types import Judge, Needs, Says
@@ -53,6 +53,9 @@ class Tile(Scope, Protocol):
     def distribution(self, judge: Judge, temperature: float) -> Tensor:
         """[n, V] the judge's."""
 
+    def top(self, judge: Judge, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """[n, K] ids of the judge's `k` likeliest tokens, and their log-probabilities."""
+
     def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
         """The student's beside those of a judge with another tokenizer, span by span or place by place."""
 
@@ -71,7 +74,7 @@ class Match:
     def expressions(self) -> tuple[Expression, ...]:
         return ()
 
-    needs: ClassVar[Any] = property(lambda self: {self.judge: Says.DENSE})
+    needs: ClassVar[Any] = property(lambda self: {self.judge: self.divergence.asks})
 
     def __str__(self) -> str:
         return f"{self.divergence}({self.judge}, π)"
@@ -252,6 +255,12 @@ class Loss:
     def reads(self) -> frozenset[str]:
         return frozenset().union(*(t.reads for t in self.terms))
 
+    def tops(self, judge: Judge) -> frozenset[tuple[int, float]]:
+        """How many of a judge's likeliest tokens terms compare that compare no others, and at what temperature."""
+        own = [t.head.divergence for t in self.terms if isinstance(t.head, Match) and t.head.judge == judge]
+        tops = [d for d in own if isinstance(d, Divergence) and d.asks is Says.TOP]
+        return frozenset((d.support.k, d.temperature) for d in tops if d.support is not None)
+
     @property
     def token_terms(self) -> tuple[Term, ...]:
         return tuple(t for t in self.terms if not isinstance(t.head, Learn))
@@ -292,7 +301,7 @@ class Loss:
 
 
 def match(judge: Judge, divergence: Distance) -> Loss:
-    """Pull the student's distribution onto the judge's; needs DENSE."""
+    """Pull the student's distribution onto the judge's; needs DENSE, or TOP on a support of the judge's likeliest."""
     return Loss((Term(Match(judge, divergence)),))
 
 

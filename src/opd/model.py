@@ -148,14 +148,15 @@ class CausalModel:
     @torch.no_grad()
     def all_hidden(self, batch: Batch, tokens_per_pass: int = 32768) -> Tensor:
         """[N, H] for every loss token, without gradient, in passes of its own size."""
-        out = torch.zeros(len(batch.row_N), self.head.weight.shape[1], dtype=self._dtype, device=self.device)
+        out = torch.zeros(len(batch.row_N), self.head.weight.shape[1], dtype=self.hidden_dtype, device=self.device)
         spoken = [r for r in range(len(batch.rollouts)) if batch.length_B[r]]
         for cut in micro_batches(batch, spoken, tokens_per_pass, self.layout):
             out[flat_index(batch, cut)] = self.hidden(batch, cut).to(out.dtype)
         return out
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def hidden_dtype(self) -> torch.dtype:
+        """What hidden states are kept in."""
         return self.head.weight.dtype if self.compute == torch.float32 else self.compute
 
     def frozen_copy(self, name: str) -> CausalModel:

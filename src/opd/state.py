@@ -16,7 +16,7 @@ from opd.diagnose import Watchdog
 from opd.errors import OpdError
 from opd.legs import Leg
 from opd.lock import differences
-from opd.log import RunFolder, read
+from opd.log import RunFolder, said_before
 from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
 from opd.replay import Replay
@@ -148,7 +148,7 @@ def restore(run: Run, locked: Mapping[str, Any]) -> None:
         run.watchdog = Watchdog(**run.at.watchdog)
         _restore_models(run, tensors, str(place))
         checkpoint.restore_random(tensors["random"])
-    run.parts.teachers.heard.update(said_before(run.folder))
+    run.parts.teachers.heard.update(said_before(run.folder.path))
     run.folder.event(run.at.step, "resume", f"went on from step {run.at.step}")
     for note in notes:
         run.folder.event(run.at.step, "note", note)
@@ -175,14 +175,6 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
                 checkpoint.restore_optimizer(critic.optimizer, dict(trained(learner)), tensors[f"{name}_optimizer"])
             critic.steps = run.at.critic_steps
     run.replay = replay.from_tensors(run.recipe.critic.replay, tensors.get("replay", {}))
-
-
-def said_before(folder: RunFolder) -> dict[tuple[str, str], list[tuple[str, bool]]]:
-    """What teachers in this process answered earlier in the run: they are not asked again."""
-    said: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for row in read(folder.path / "answers.jsonl"):
-        said.setdefault((row["role"], row["prompt_id"]), []).append((row["response"], row["finished"]))
-    return said
 
 
 def begin_from(run: Run, origin: Path) -> None:

@@ -21,7 +21,8 @@ from opd.head import TILE, tiled_loss, token_logp
 from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
 from opd.observe import observe
-from opd.signals import Distribution
+from opd import math
+from opd.signals import Distribution, TopK
 from opd.tally import Tally
 from opd.types import Judge
 
@@ -50,6 +51,14 @@ class TileScope:
             z_nV = signal.logits(self.at).to(self.logits_nV.dtype)
             self._judges[key] = (z_nV if temperature == 1 else z_nV / temperature).log_softmax(-1)
         return self._judges[key]
+
+    def top(self, judge: Judge, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        signal = self.batch.signals[judge]
+        if not isinstance(signal, TopK):
+            return math.support.top(self.distribution(judge, temperature), k)
+        assert signal.temperature == temperature and signal.ids_NK.shape[1] >= min(k, self.logits_nV.shape[1])
+        ids_nK, logp_nK = signal.ids_NK[self.at, :k], signal.top_NK[self.at, :k]
+        return ids_nK, logp_nK.to(self.logits_nV.dtype)
 
     def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
         key = (judge, temperature, by)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from opd import retokenize
 from opd.batch import Batch
+from opd.cache import Cache
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critics, Pairs, pair_up
@@ -48,6 +49,7 @@ class Teachers:
     came_next: Next | None = None  # what follows an answer, for the view `hint`
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
+    caches: Mapping[str, Cache] = field(default_factory=dict)  # of judges that said once what they say
     critic: Critics | None = None
     stage: str = ""  # the one that runs: the reference is of its start
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
@@ -73,6 +75,8 @@ class Teachers:
 
     def size(self, role: str) -> int:
         """Parameters of a role that work on each token, without loading a model that has left."""
+        if role in self.caches:
+            return 0
         return self.cast.size(role) if role in self.cast else parameters(self.model(role))
 
     def blend(self, chosen: tuple[str, float] | None) -> Blend | None:
@@ -110,7 +114,7 @@ class Teachers:
         """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
         given, limit = self.renderer.given, self.sampling.max_tokens
         recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
-        said = self.heard[self._name(role), prompt.id] if self._speaks_here(role) else recorded
+        said = self.heard.get((self._name(role), prompt.id), recorded)
         return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
     def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
@@ -152,15 +156,17 @@ class Teachers:
             if says is Says.SCORE:
                 signals[judge] = Score(self.scores(batch))
             elif says is not Says.TEXT:
-                signals[judge] = self._listen(judge, batch, says)
+                signals[judge] = self.hear_one(judge, batch, says)
         return replace(batch, signals=signals)
 
-    def _listen(self, judge: Judge, batch: Batch, says: Says) -> Signal:
+    def hear_one(self, judge: Judge, batch: Batch, says: Says) -> Signal:
         """One judge about every row that its view exists for, each row by the model that it is for."""
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
             return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
-        seen, shown_B = self._seen(batch, judge.view)
+        seen, shown_B = self.seen(batch, judge.view)
+        if judge.role in self.caches:
+            return self.caches[judge.role].hear(seen, shown_B, judge.view, says)
         whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
         rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}
         everything = shown_B.all()
@@ -199,7 +205,7 @@ class Teachers:
             )
         return Experts(judge_N, place_N, tuple(hidden), Shelf(heads, seen.row_N.device), heard_N)
 
-    def _seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
+    def seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
         """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B]."""
         shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
         if name == SAME:

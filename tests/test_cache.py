@@ -147,7 +147,9 @@ def test_hidden_states_may_be_stored_in_half(tmp_path: Path) -> None:
 def test_what_is_compared_decides_what_is_asked() -> None:
     """The judge's own likeliest tokens: TOP. The student's, those of either, all of them: DENSE."""
     for rest in ("dropped", "renormalised", "teacher_renormalised", "tail"):
-        asked = {w: match(TEACHER, Divergence("tvd", support=Support(w, 4, rest))) for w in ("teacher", "student", "union")}
+        asked = {
+            w: match(TEACHER, Divergence("tvd", support=Support(w, 4, rest))) for w in ("teacher", "student", "union")
+        }
         assert {w: loss.needs[TEACHER] for w, loss in asked.items()} == {
             "teacher": Says.TOP,
             "student": Says.DENSE,
@@ -171,7 +173,9 @@ def refused(tmp_path: Path, method: Any, keep: str, **changes: Any) -> str:
 def test_what_a_record_cannot_give_is_refused_in_a_sentence(tmp_path: Path) -> None:
     top = {"name": "gkd", "on_policy": 0.0, "top_k": 8}
     said = refused(tmp_path, {"name": "token_kd"}, "top_k")
-    assert "needs the whole next-token distribution of `teacher`, which gives log-probabilities of its likeliest" in said
+    assert (
+        "needs the whole next-token distribution of `teacher`, which gives log-probabilities of its likeliest" in said
+    )
     assert "or a divergence on the judge's own likeliest tokens" in said
     assert "needs the whole next-token" in refused(tmp_path, {**top, "whose": "student"}, "top_k")
     assert "needs the whole next-token" in refused(tmp_path, {**top, "whose": "union"}, "top_k")
@@ -267,7 +271,9 @@ def test_the_record_is_what_its_size_report_says(tmp_path: Path) -> None:
         offline.record(short(tmp_path, top), tmp_path, tmp_path / "x", "teacher", dtype="float16")
 
 
-def test_killed_anywhere_it_goes_on_and_nothing_is_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_anywhere_it_goes_on_and_nothing_is_written_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chosen, out = short(tmp_path, "token_kd"), tmp_path / "signals"
     monkeypatch.setattr(offline, "SHARD", 20)  # tokens: several shards
     offline.record(chosen, tmp_path, tmp_path / "whole", "teacher")
@@ -309,7 +315,9 @@ def test_more_prompts_are_added_and_a_lacking_one_is_named(tmp_path: Path) -> No
 
 def test_a_teachers_own_samples_come_from_the_record(tmp_path: Path) -> None:
     """What a teacher said while it was recorded is what the run learns from, without the teacher."""
-    (tmp_path / "told.py").write_text(SEEN.replace('one("data")', 'one("teacher")').replace('"teacher", "answer"', '"teacher"'))
+    (tmp_path / "told.py").write_text(
+        SEEN.replace('one("data")', 'one("teacher")').replace('"teacher", "answer"', '"teacher"')
+    )
     chosen = short(tmp_path, f"{tmp_path}/told.py:seen", 3, "live")
     offline.record(chosen, tmp_path, tmp_path / "signals", "teacher")
     _, alive = run(chosen, tmp_path)

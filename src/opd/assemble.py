@@ -12,9 +12,9 @@ from opd import data, hints
 from opd.cache import Cache
 from opd.chat import Renderer, renderer, same_tokenizer
 from opd.errors import UsageError
+from opd.legs import Leg, local
 from opd.lock import hash_model
 from opd.log import said_before
-from opd.legs import Leg, local
 from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe

@@ -148,6 +148,11 @@ class Method:
         return needs
 
     @property
+    def taught_by(self) -> str | None:
+        """The role whose text is an example to the student: not its own past self."""
+        return next((j.role for j, s in self.needs.items() if s is Says.TEXT and j != REFERENCE), None)
+
+    @property
     def on_policy(self) -> bool:
         return "student" in self.speaks.names
 

@@ -49,7 +49,9 @@ def wished(recipe: Recipe, found: Sequence[Leg], role: str, keep: Keep | None = 
     """What the recipe needs of a role once and for all. Raises `UsageError` where it cannot be recorded."""
     if role not in recipe.teachers or not recipe.teachers[role].model:
         have = ", ".join(r for r, t in recipe.teachers.items() if t.model) or "none"
-        raise UsageError(f"`{role}` is no teacher with a `model:` in this recipe, and a model must speak: there: {have}")
+        raise UsageError(
+            f"`{role}` is no teacher with a `model:` in this recipe, and a model must speak: there: {have}"
+        )
     stages = tuple(leg for leg in found if asked(leg, role))
     if not stages:
         raise UsageError(f"no stage of this recipe asks `{role}` for probabilities: there is nothing to record")
@@ -60,7 +62,9 @@ def wished(recipe: Recipe, found: Sequence[Leg], role: str, keep: Keep | None = 
     least: Keep = KEPT.get(needed, "hidden")
     chosen = keep or least
     if GIVES[chosen] < needed:
-        problems.append(f"--keep {chosen} is less than this recipe's loss reads of `{role}`: leave it out, or take {least}")
+        problems.append(
+            f"--keep {chosen} is less than this recipe's loss reads of `{role}`: leave it out, or take {least}"
+        )
     tops = {top for leg in stages for judge in asked(leg, role) for top in leg.method.loss.tops(judge)}
     most, heats = max((n for n, _ in tops), default=64), {temperature for _, temperature in tops} or {1.0}
     spoken = {leg.sampling.temperature for leg in stages}
@@ -126,6 +130,7 @@ def record(
         teachers.write_down = folder.answer
         prompts = list({p.id: p for p in mixture_prompts(parts.mixture)}.values())
         for leg in wish.stages:
+            teachers.stage = leg.name
             for start in range(0, len(prompts), PROMPTS):
                 progress(start, len(prompts))
                 rows = texts(leg, prompts[start : start + PROMPTS], parts)

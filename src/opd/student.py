@@ -13,6 +13,7 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from opd import math
 from opd.aligned import Crossed, Pairing, SpanDense
 from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
@@ -21,7 +22,6 @@ from opd.head import TILE, tiled_loss, token_logp
 from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
 from opd.observe import observe
-from opd import math
 from opd.signals import Distribution, TopK
 from opd.tally import Tally
 from opd.types import Judge

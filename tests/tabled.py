@@ -16,7 +16,7 @@ from opd.engines.table import table_model
 from opd.head import token_logp
 from opd.method import EXPERT
 from opd.model import CausalModel
-from opd.signals import Dense, Experts, Score, Shelf, Token, TopK
+from opd.signals import Dense, Experts, Layered, Score, Shelf, Token, TopK
 from opd.student import Optim, Student
 from opd.types import RETOKENIZED, Judge, Message, Prompt, Rollout, Says, Turn
 
@@ -200,6 +200,9 @@ def hear(
             signals[judge] = Dense(hidden, model.head, heard_N)
             if judge.role == EXPERT:
                 signals[judge] = experts(hidden, (row % 2)[batch.row_N], model)
+        elif says is Says.LAYERS:  # both of a table's, by either of their numbers
+            hidden, inner = model.all_states(batch, (0, 1, -1, -2))
+            signals[judge] = Layered(hidden, model.head, heard_N, inner)
         elif says.by_token:
             hidden = model.all_hidden(batch)
             logp_N = token_logp(model.head, hidden, batch.token_N, batch.temperature)

@@ -37,6 +37,7 @@ from opd.loss import Loss, Push
 from opd.math import divergence as D
 from opd.method import REFERENCE, Setting, bind, build, catalogue
 from opd.model import CausalModel
+from opd.projector import InsideScope
 from opd.student import Optim, Student, TileScope
 from opd.types import Judge, Rollout, Says
 
@@ -116,6 +117,7 @@ def test_asks_exactly_what_it_reads(name, monkeypatch):
     recorded(TileScope, "crossed", Says.DENSE)
     recorded(TileScope, "top", Says.TOP)
     recorded(TileScope, "judged", Says.TOKEN)
+    recorded(InsideScope, "layer", Says.LAYERS)
     recorded(WholeScope, "judged", Says.TOKEN)
     recorded(WholeScope, "scored", Says.SCORE)
     monkeypatch.setattr(student_module, "observe", lambda *_: None)

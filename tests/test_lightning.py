@@ -48,7 +48,7 @@ def test_the_update_is_that_of_half_the_squared_log_ratio() -> None:
 
 
 def test_a_bound_makes_it_hubers() -> None:
-    """Quadratic where the credit is inside [-tau, tau], linear outside; and no bound is a bound that nothing reaches."""
+    """Quadratic where the credit is inside [-tau, tau], linear outside; no bound is one that nothing reaches."""
     model, teacher, rows = random_table(1), random_table(2), random_rollouts(("reference",), prompts=5)
     huber = lambda d: torch.nn.functional.huber_loss(d, torch.zeros_like(d), delta=0.5)
     held = updated(model, teacher, rows, tau=0.5)
@@ -145,5 +145,5 @@ def test_a_run_without_the_teacher_is_the_run_with_it(tmp_path: Path) -> None:
 def test_a_reference_of_a_later_stage_is_not_there_yet(tmp_path: Path) -> None:
     stages = [{"name": "sft", "method": "token_kd", "steps": 1}, {"name": "then", "method": "lightning", "steps": 1}]
     chosen = small(tmp_path, stages=stages)
-    with pytest.raises(UsageError, match="stage `then` lets its reference speak, .* which is not there yet"):
+    with pytest.raises(UsageError, match=r"stage `then` lets its reference speak, .* which is not there yet"):
         offline.record(chosen, tmp_path, tmp_path / "signals", "teacher")

@@ -148,12 +148,12 @@ def _cache(recipe: Recipe, role: str, folder: Path, student: CausalModel, voice:
     if made.tokenizer != voice.fingerprint:
         raise UsageError(
             f"teachers.{role}.cache: {folder} was recorded with another tokenizer, chat template, stop token or "
-            f"data.think than `{student.name}` has here, so no row of it would be found: record it anew with this recipe"
+            f"data.think than `{student.name}` has here, and no row of it would be found: record it anew"
         )
     if made.student not in ("", model_fingerprint(recipe.student, student)):
         raise UsageError(
-            f"teachers.{role}.cache: {folder} holds what was said of another student's samples than `{student.name}`'s: "
-            "the reference that speaks is this recipe's student as it begins. Record it anew with this recipe"
+            f"teachers.{role}.cache: {folder} holds what was said of another student's samples than "
+            f"`{student.name}`'s: the reference that speaks is the student as it begins. Record it anew"
         )
     return cache
 

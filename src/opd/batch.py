@@ -258,8 +258,9 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             signal = batch.signals.get(judge)
             if signal is None or isinstance(signal, Score):
                 continue
-            said = isinstance(signal, Token | SpanToken | TopK)
-            known_N = signal.logp_N if said else batch.behaviour_N.new_zeros(len(own_N))
+            known_N = batch.behaviour_N.new_zeros(len(own_N))
+            if isinstance(signal, Token | SpanToken | TopK):
+                known_N = signal.logp_N
             if signal.heard_N is not None:  # the term says what it does there, or a hole is a hole
                 known_N = known_N.masked_fill(~signal.heard_N, 0.0 if judge in silence else float("nan"))
             read[f"the log-probability of `{judge}`"] = known_N

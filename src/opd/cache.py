@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 Keep = Literal["token", "top_k", "hidden"]
 Dtype = Literal["float64", "float32", "bfloat16", "float16"]
-GIVES = {"token": Says.TOKEN, "top_k": Says.TOP, "hidden": Says.DENSE}
+GIVES: dict[Keep, Says] = {"token": Says.TOKEN, "top_k": Says.TOP, "hidden": Says.DENSE}
 TENSORS = {"token": ("logp",), "top_k": ("logp", "ids", "top"), "hidden": ("hidden",)}
 FORMAT = 1
 

@@ -337,6 +337,8 @@ def _beyond_record(method: Method, judge: Judge, says: Says, setting: Setting) -
             f"of texts that were there before: give `{role}` as `model:`, or choose a method whose speakers are data, "
             "a teacher or the reference"
         ]
+    if judge.view == RETOKENIZED:
+        return [f"{name} lets `{role}` read its own tokens, and a record is of the student's: give it as `model:`"]
     problems = []
     if record.temperature not in (None, setting.temperature):
         problems.append(

@@ -19,11 +19,11 @@ from opd.log import RunFolder, said_before
 from opd.recipe import Recipe
 from opd.signals import Dense
 from opd.speak import given
-from opd.types import Judge, Prompt, Rollout, Says
+from opd.types import RETOKENIZED, Judge, Prompt, Rollout, Says
 
 SHARD = 32768  # loss tokens of a shard, and of what is heard in one go
 PROMPTS = 256  # whose texts are sampled before what they are judged to be is written
-KEPT = {says: keep for keep, says in GIVES.items()}
+KEPT: dict[Says, Keep] = {says: keep for keep, says in GIVES.items()}
 
 Progress = Callable[[int, int], None]
 
@@ -60,7 +60,7 @@ def wished(recipe: Recipe, found: Sequence[Leg], role: str, keep: Keep | None = 
     if needed > Says.DENSE:
         problems.append(f"`{role}` is asked for the states of its layers, which are not recorded: keep it as `model:`")
     least: Keep = KEPT.get(needed, "hidden")
-    chosen = keep or least
+    chosen: Keep = keep or least
     if GIVES[chosen] < needed:
         problems.append(
             f"--keep {chosen} is less than this recipe's loss reads of `{role}`: leave it out, or take {least}"
@@ -84,6 +84,8 @@ def wished(recipe: Recipe, found: Sequence[Leg], role: str, keep: Keep | None = 
 def _changing(found: Sequence[Leg], stages: Sequence[Leg], role: str) -> Iterator[str]:
     """Stages whose texts are not there yet."""
     for leg in stages:
+        if any(judge.view == RETOKENIZED for judge in asked(leg, role)):
+            yield f"stage `{leg.name}` lets `{role}` read its own tokens, and the student's are recorded"
         if leg.method.on_policy:
             yield (
                 f"stage `{leg.name}` asks `{role}` of what the student says anew in every step, which cannot be "
@@ -91,8 +93,8 @@ def _changing(found: Sequence[Leg], stages: Sequence[Leg], role: str) -> Iterato
             )
         if "reference" in leg.method.speaks.names and leg is not found[0]:
             yield (
-                f"stage `{leg.name}` lets its reference speak, the student at the end of the stage before, which is not "
-                "there yet: record for a recipe that begins with that student"
+                f"stage `{leg.name}` lets its reference speak, the student at the end of the stage before, which is "
+                "not there yet: record for a recipe that begins with that student"
             )
 
 
@@ -161,8 +163,7 @@ def sizes(cache: Cache) -> dict[str, Any]:
 
 def _index(recipe: Recipe, parts: Parts, wish: Wish, dtype: Dtype | None) -> Index:
     teacher, model = recipe.teachers[wish.role], parts.teachers.model(wish.role)
-    own = str(model.hidden_dtype).removeprefix("torch.")
-    stored: Dtype = dtype or next(d for d in get_args(Dtype) if d == own)
+    own: Dtype = next(d for d in get_args(Dtype) if str(model.hidden_dtype) == f"torch.{d}")
     spoke = any("reference" in leg.method.speaks.names for leg in wish.stages)
     return Index(
         role=wish.role,
@@ -171,7 +172,7 @@ def _index(recipe: Recipe, parts: Parts, wish: Wish, dtype: Dtype | None) -> Ind
         tokenizer=parts.teachers.renderer.fingerprint,
         student=model_fingerprint(recipe.student, parts.student) if spoke else "",
         keep=wish.keep,
-        dtype=stored if wish.keep == "hidden" or own == "float64" else "float32",
+        dtype=(dtype or own) if wish.keep == "hidden" or own == "float64" else "float32",
         temperature=wish.temperature,
         k=wish.k,
         top_temperature=wish.top_temperature,

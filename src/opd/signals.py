@@ -5,8 +5,8 @@ Shapes: N loss tokens, n of a tile, M of one judge's rows, B rows, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class TopK:
     heard_N: Tensor | None = None
 
     def rows(self, at_N: Tensor, _rows_B: Tensor) -> TopK:
-        own = {"logp_N": self.logp_N[at_N], "ids_NK": self.ids_NK[at_N], "top_NK": self.top_NK[at_N]}
-        return replace(self, **own, heard_N=_some(self.heard_N, at_N))
+        logp_N, ids_NK, top_NK = self.logp_N[at_N], self.ids_NK[at_N], self.top_NK[at_N]
+        return replace(self, logp_N=logp_N, ids_NK=ids_NK, top_NK=top_NK, heard_N=_some(self.heard_N, at_N))
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,17 @@ class Dense:
 
     def rows(self, at_N: Tensor, _rows_B: Tensor) -> Dense:
         return replace(self, hidden_NH=self.hidden_NH[at_N], heard_N=_some(self.heard_N, at_N))
+
+
+@dataclass(frozen=True)
+class Layered(Dense):
+    """A distribution, and the hidden states of some layers by their numbers, each [N, H]."""
+
+    inner: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, at_N: Tensor, rows_B: Tensor) -> Layered:
+        inner = {depth: h_NH[at_N] for depth, h_NH in self.inner.items()}
+        return replace(self, hidden_NH=self.hidden_NH[at_N], heard_N=_some(self.heard_N, at_N), inner=inner)
 
 
 class Shelf:

@@ -98,7 +98,7 @@ def save(run: Run) -> None:
     own = dict(trained(module))
     tensors: dict[str, Weights] = {
         "student": own,
-        "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, own),
+        "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, run.student.learned),
         "random": checkpoint.random_tensors(),
     }
     for critic in run.critic.members if run.critic else ():
@@ -108,6 +108,8 @@ def save(run: Run) -> None:
             tensors[f"{critic.model.name}_optimizer"] = checkpoint.optimizer_tensors(critic.optimizer, learned)
     if run.replay.steps:
         tensors["replay"] = replay.tensors(run.replay)
+    if maps := run.student.trainee.projectors.state_dict():
+        tensors["projectors"] = maps
     reference = run.parts.teachers.reference
     if reference is not None:
         tensors["reference"] = _own_weights(reference)
@@ -158,8 +160,9 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
     module, teachers = run.student.model.module, run.parts.teachers
     load_weights(module, tensors["student"], place)
     run.student.version = run.at.version
+    run.student.trainee.projectors.take(tensors.get("projectors", {}), run.student.like)
     run.student.fresh_optimizer(optim(run.leg.stage.train))
-    checkpoint.restore_optimizer(run.student.optimizer, dict(trained(module)), tensors["student_optimizer"])
+    checkpoint.restore_optimizer(run.student.optimizer, run.student.learned, tensors["student_optimizer"])
     for role in ("reference", "ema"):
         if role in tensors:
             copy = run.student.model.frozen_copy(role)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -29,9 +30,11 @@ from opd.head import token_logp
 from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
-from opd.signals import Dense, Experts, Score, Shelf, Signal, Token
+from opd.signals import Dense, Experts, Layered, Score, Shelf, Signal, Token
 from opd.types import RETOKENIZED, Judge, Needs, Prompt, Rollout, Says
 from opd.views import SAME, View, reread
+
+Depths = Mapping[Judge, Sequence[int]]
 
 
 @dataclass
@@ -149,17 +152,20 @@ class Teachers:
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 
-    def hear(self, batch: Batch, needs: Needs) -> Batch:
-        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere."""
+    def hear(self, batch: Batch, needs: Needs, depths: Depths = MappingProxyType({})) -> Batch:
+        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere.
+
+        `depths` are the layers that are asked of judges that say LAYERS.
+        """
         signals: dict[Judge, Signal] = dict(batch.signals)
         for judge, says in needs.items():
             if says is Says.SCORE:
                 signals[judge] = Score(self.scores(batch))
             elif says is not Says.TEXT:
-                signals[judge] = self.hear_one(judge, batch, says)
+                signals[judge] = self.hear_one(judge, batch, says, depths.get(judge, ()))
         return replace(batch, signals=signals)
 
-    def hear_one(self, judge: Judge, batch: Batch, says: Says) -> Signal:
+    def hear_one(self, judge: Judge, batch: Batch, says: Says, depths: Sequence[int] = ()) -> Signal:
         """One judge about every row that its view exists for, each row by the model that it is for."""
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
@@ -181,6 +187,13 @@ class Teachers:
                     logp_M = token_logp(model.head, h_MH, part.token_N, batch.temperature)
                 logp_N[flat_index(batch, mine)] = logp_M.to(logp_N)
             return Token(logp_N, heard_N)
+        if says is Says.LAYERS:
+            model, mine = self.model(judge.role), [b for b in range(len(whose)) if shown_B[b]]
+            h_MH, inner = model.all_states(seen.rows(mine), depths)
+            spread: Callable[[Tensor], Tensor] = lambda x_MH: x_MH.new_zeros(len(seen.row_N), x_MH.shape[1]).index_copy(
+                0, flat_index(seen, mine), x_MH
+            )
+            return Layered(spread(h_MH), model.head, heard_N, {d: spread(x) for d, x in inner.items()})
         if not shown_B.any():  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)

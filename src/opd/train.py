@@ -213,7 +213,7 @@ def _one(run: Run, steps: int) -> str | None:
         model = run.student.model
         dtype = torch.float64 if model.compute == torch.float64 else torch.float32
         batch = pack(rollouts, temperature=leg.sampling.temperature, device=model.device, dtype=dtype)
-        batch = teachers.hear(batch, leg.method.needs)
+        batch = teachers.hear(batch, leg.method.needs, leg.method.loss.depths)
         clock.append(time.perf_counter())
         stats = {} if waits else _learn(run, batch, learning_rate(leg, at.leg_step, steps))
         stats |= _teach_critic(run, rollouts, behind=behind, ahead=ahead)

@@ -35,7 +35,8 @@ def cut(s_nV: Tensor, t_nV: Tensor, *, whose: Whose, k: int, rest: Rest) -> tupl
     kept = [x_nV.gather(-1, ids_nK) for x_nV in (s_nV, t_nV)]
     if again_nK is not None:
         kept = [x_nK.masked_fill(again_nK, NOWHERE) for x_nK in kept]
-    return close(*kept, rest)
+    s_nK, t_nK = kept
+    return close(s_nK, t_nK, rest)
 
 
 def top(logp_nV: Tensor, k: int) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from driven import answers, metrics, run, short, small
+from driven import answers, metrics, resume, run, short, small
 from tabled import F64, V, gradient, packed, random_rollouts, random_table, relative
+from test_layers import command, loaded
 
 from opd import offline
 from opd.anchors import live
@@ -26,6 +27,7 @@ from opd.gates import heard
 from opd.legs import legs
 from opd.loss import Loss, k3, match, push
 from opd.method import TEACHER
+from opd.recipe import dump
 from opd.signals import Dense, Token, TopK
 from opd.types import Says
 
@@ -353,10 +355,27 @@ def test_a_record_of_another_tokenizer_is_refused(tmp_path: Path) -> None:
         run(short(tmp_path, "token_kd", 1, "x", data={"train": "world:sort:14", "think": "strip"}, **changed), tmp_path)
 
 
+def test_a_run_goes_on_only_with_the_record_that_it_began_with(tmp_path: Path) -> None:
+    out = tmp_path / "signals"
+    offline.record(short(tmp_path, "token_kd"), tmp_path, out, "teacher")
+    changed = {"teachers": {"teacher": {"cache": str(out)}}}
+    run(short(tmp_path, "token_kd", 2, "one", **changed), tmp_path)
+    assert resume(tmp_path / "one")["status"] == "finished"
+    index = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps({**index, "teacher": "another"}))
+    with pytest.raises(OpdError, match=r"cannot go on: hashes.teachers.teacher.cache changed since it began"):
+        resume(tmp_path / "one")
+
+
+def test_what_a_record_can_give_is_known_without_torch(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_text(json.dumps(vars(replace(INDEX, keep="hidden", temperature=None))))
+    file = tmp_path / "r.yaml"
+    file.write_text(dump(short(tmp_path, "token_kd", teachers={"teacher": {"cache": "."}})))
+    assert loaded(command("check", str(file))) <= {"numpy"}
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its report as text and as JSON, the next command, and the exit codes of what is wrong."""
-    from opd.recipe import dump
-
     file, out = tmp_path / "r.yaml", tmp_path / "signals"
     file.write_text(dump(short(tmp_path, "token_kd")))
     app(["signals", str(file), "--out", str(out), "--json"], standalone_mode=False)

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import test_contract
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 import transformers
 from driven import CrashError, at_step, crash, differences, metrics, resume, run, short, small, weights
-from tabled import packed
+from tabled import F64, hear, packed, prompt, random_rollouts, random_table
 from test_model import COMMON, VOCAB, rollouts
 from torch import nn
 
@@ -30,7 +32,6 @@ from opd.signals import Layered
 from opd.student import Optim, Student
 from opd.types import Says
 
-F64 = torch.float64
 METHODS = """
 from opd.loss import layers, nll
 from opd.method import TEACHER, Method, one
@@ -220,6 +221,39 @@ def test_a_rank_without_rows_takes_part_in_every_sum(folders: dict[str, Path]) -
     student.gradient(batch.rows([]), LOSS, total=Total())
     assert sum(n.startswith("projectors.") for n in student.learned) == len(PAIRS) + 1
     assert all(p.grad is not None and not p.grad.any() for p in student.learned.values())
+
+
+MAPPED = {"hidden": 0.5, "hidden_kind": "mse", "hidden_layers": ((0, 0), (-1, -1))}
+
+
+def shared(prompts: set[int], total: Total | None = None) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Two updates from these prompts' rows of one batch: what has been learned, and the numbers."""
+    method, model = build("token_kd", MAPPED), random_table(1)
+    batch = hear(packed(random_rollouts(("data",))), method.needs, {"*": random_table(2)})
+    ids = {prompt(n).id for n in prompts}
+    student = Student(model, Optim(passes=2, clip=0.0, eps=1e-3))
+    part = batch.rows([i for i, r in enumerate(batch.rollouts) if r.prompt.id in ids])
+    stats = student.update(part, method.loss, 0, 1e-2, total)
+    return {n: p.detach().clone() for n, p in student.learned.items()}, stats
+
+
+def rank(number: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=number, world_size=2)
+    splits = (({0, 1, 2}, {3}), ({0, 1, 2, 3}, set()))
+    torch.save([shared(split[number], Total()) for split in splits], f"{folder}/{number}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_ranks_are_one(tmp_path: Path) -> None:
+    """Student and maps, with a rank that holds a quarter of the rows, or none."""
+    want, stats = shared({0, 1, 2, 3})
+    assert len(want) == 3 and not torch.equal(want["projectors.teacher_same_0_0.weight"], torch.eye(6, dtype=F64))
+    mp.spawn(rank, args=(str(tmp_path),), nprocs=2)
+    for number in range(2):
+        for got, same in torch.load(tmp_path / f"{number}.pt"):
+            assert all((got[n] - want[n]).norm() < 1e-10 * want[n].norm() for n in want)
+            assert same == pytest.approx(stats, rel=1e-10)
 
 
 def test_gates_shut_what_a_view_has_nothing_of(folders: dict[str, Path]) -> None:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd import data, hints
+from opd.cache import Cache
 from opd.chat import Renderer, renderer, same_tokenizer
 from opd.errors import UsageError
-from opd.legs import Leg
+from opd.legs import Leg, local
+from opd.lock import hash_model
+from opd.log import said_before
 from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe
@@ -71,6 +74,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
     models: dict[str, Load] = {}
     voices: dict[str, Renderer] = {}
     answers: dict[str, dict[str, tuple[str, ...]]] = {}
+    caches: dict[str, Cache] = {}
     notes: list[str] = []
     for role, teacher in recipe.teachers.items():
         if role not in wants:
@@ -82,6 +86,8 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
             models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
         elif teacher.answers:
             answers[role] = data.answers(local(teacher.answers, folder))
+        elif teacher.cache:
+            caches[role] = _cache(recipe, role, Path(local(teacher.cache, folder)), student, voice)
     for role in sorted({j.role for leg in found for j in leg.method.needs if j.view == RETOKENIZED} & voices.keys()):
         notes.append(crossing(voice, voices[role]).note(role))
     mixture, dev, read = _data(recipe, folder, voice, found, student)
@@ -99,6 +105,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         came_next=None if recipe.hint is None else hints.rule(recipe.hint.use, folder),
         hint_judge=(recipe.hint.judge, recipe.hint.votes) if recipe.hint and recipe.hint.judge else None,
         disk=run / "carried" if run is not None and recipe.run.carry == "disk" else None,
+        caches=caches,
         answers=answers,
         voices=voices,
         sampling=replace(found[0].sampling, temperature=1.0),
@@ -107,10 +114,13 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         answers_each={role: teacher.samples for role, teacher in recipe.teachers.items()},
         beams={role: teacher.beams for role, teacher in recipe.teachers.items()},
     )
+    for cache in caches.values():
+        teachers.heard.update(said_before(cache.folder))
     specs = [{"use": r.use, "weight": r.weight, "args": dict(r.args)} for r in recipe.reward]
     scorers = rewards_module.load_all(specs, folder)
     hashes = {"template": voice.fingerprint, "data.train": data.content(mixture_prompts(mixture))}
     hashes |= {"data.dev": data.content(dev)} if dev else {}
+    hashes |= {f"teachers.{role}.cache": cache.index.fingerprint for role, cache in caches.items()}
     return Parts(student, teachers, mixture, dev, scorers, tuple(notes), hashes)
 
 
@@ -131,6 +141,31 @@ def _student(own: Any, vocab: int, device: str) -> CausalModel:
     return replace(with_vocab(model, vocab), name=own.model)
 
 
+def _cache(recipe: Recipe, role: str, folder: Path, student: CausalModel, voice: Renderer) -> Cache:
+    """A folder of recorded signals, if it was made with the student's tokens and, where it spoke, with this student."""
+    cache = Cache(folder, student.device)
+    made = cache.index
+    if made.tokenizer != voice.fingerprint:
+        raise UsageError(
+            f"teachers.{role}.cache: {folder} was recorded with another tokenizer, chat template, stop token or "
+            f"data.think than `{student.name}` has here, and no row of it would be found: record it anew"
+        )
+    if made.student not in ("", model_fingerprint(recipe.student, student)):
+        raise UsageError(
+            f"teachers.{role}.cache: {folder} holds what was said of another student's samples than "
+            f"`{student.name}`'s: the reference that speaks is the student as it begins. Record it anew"
+        )
+    return cache
+
+
+def model_fingerprint(chosen: Any, model: CausalModel) -> str:
+    """What decides the numbers of a model as it is loaded: its weights (or hub id and revision), type and layers."""
+    place = Path(model_path(chosen.model))
+    revision = getattr(getattr(model.module, "config", None), "_commit_hash", None)
+    content = hash_model(place) if place.is_dir() else f"{chosen.model}@{revision}"
+    return f"{content}:{chosen.dtype}:{getattr(chosen, 'drop_layers', 0)}"
+
+
 def device_of(recipe: Recipe) -> str:
     """Where to compute: as the recipe says, or on a GPU if there is one."""
     import torch
@@ -141,12 +176,6 @@ def device_of(recipe: Recipe) -> str:
 def mixture_prompts(mixture: Mixture) -> list[Prompt]:
     """Every prompt of a mixture once."""
     return [p for source in mixture.sources for p in source]
-
-
-def local(path: str, folder: Path) -> str:
-    """A path relative to the recipe's folder, if it is there; else as it is (a hub id, or relative to here)."""
-    beside = folder / path
-    return str(beside) if beside.exists() else path
 
 
 def model_path(model: str) -> str:
@@ -187,13 +216,13 @@ def _teacher(
     from opd.model import load
 
     own = load_tokenizer(teacher.model, teacher.trust_remote_code)
-    if says in (Says.TOKEN, Says.DENSE) and (difference := same_tokenizer(tokenizer, own)):
+    if says.by_token and (difference := same_tokenizer(tokenizer, own)):
         raise UsageError(
             f"student `{student.name}` and {role} `{teacher.model}` do not share a tokenizer: {difference}. This "
             "method compares their probabilities token by token. Use a teacher of the student's family, or a method "
             "that reads text alone: gad, seqkd; or one that aligns the two: gold, uld"
         )
-    vocab = student.head.vocab if says in (Says.TOKEN, Says.DENSE) else len(own)
+    vocab = student.head.vocab if says.by_token else len(own)
 
     def fetch() -> CausalModel:
         source, trust = model_path(teacher.model), teacher.trust_remote_code

@@ -19,7 +19,7 @@ from opd.expression import Expression
 from opd.gates import Heard
 from opd.loss import Loss
 from opd.schedule import value
-from opd.signals import Score, Signal, Token
+from opd.signals import Score, Signal, Token, TopK
 from opd.types import Judge, Rollout
 
 
@@ -67,7 +67,7 @@ class Batch:
     def judged(self, judge: Judge) -> Tensor:
         """[N] the judge's log-probability of the sampled tokens, at the rollouts' temperature."""
         signal = self.signals[judge]
-        if isinstance(signal, Token | SpanToken):
+        if isinstance(signal, Token | SpanToken | TopK):
             return signal.logp_N
         assert not isinstance(signal, Score), f"{judge} gave a score, not log-probabilities"
         if judge not in self.logp_cache:
@@ -277,9 +277,9 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             signal = batch.signals.get(judge)
             if signal is None or isinstance(signal, Score):
                 continue
-            known_N = (
-                signal.logp_N if isinstance(signal, Token | SpanToken) else batch.behaviour_N.new_zeros(len(own_N))
-            )
+            known_N = batch.behaviour_N.new_zeros(len(own_N))
+            if isinstance(signal, Token | SpanToken | TopK):
+                known_N = signal.logp_N
             if signal.heard_N is not None:  # the term says what it does there, or a hole is a hole
                 known_N = known_N.masked_fill(~signal.heard_N, 0.0 if judge in silence else float("nan"))
             read[f"the log-probability of `{judge}`"] = known_N

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from opd import method
+from opd.cache import Index, read_index
 from opd.engines.base import Sampling
 from opd.errors import UsageError
 from opd.loss import Objective
-from opd.method import EXPERT, VIEWS, Method, Setting, bind
+from opd.method import EXPERT, VIEWS, Method, Recorded, Setting, bind
 from opd.recipe import Recipe, Stage
 from opd.types import Says
 
@@ -46,12 +47,14 @@ class Leg:
 
 def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
-    roles = {role: Says.DENSE if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
-    if roles:
-        roles[EXPERT] = min(roles.values())
     found: list[Leg] = []
     problems: list[str] = []
     methods: list[tuple[Stage, Method]] = []
+    caches = recorded(recipe, folder or Path.cwd())
+    roles = {role: Says.LAYERS if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
+    if roles:
+        roles[EXPERT] = min(Says.DENSE, *roles.values())  # (several widths are no layer, and no cache is of several)
+    roles |= {role: index.says for role, index in caches.items()}
     for stage in recipe.stages:
         try:
             methods.append((stage, method.build(stage.method.name, stage.method.args, folder)))
@@ -76,7 +79,15 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
         views = dict.fromkeys(VIEWS, "")
         if recipe.hint is None:
             views["hint"] = "the recipe does not say where hints come from: add `hint: {use: world}` or your own"
-        setting = Setting(roles, bool(recipe.reward), responses=True, views=views, truncated_sampling=", ".join(cut))
+        setting = Setting(
+            roles,
+            bool(recipe.reward),
+            responses=True,
+            views=views,
+            truncated_sampling=", ".join(cut),
+            recorded={r: Recorded(c.k, c.top_temperature, c.temperature) for r, c in caches.items()},
+            temperature=speak.temperature,
+        )
         try:
             bind(built, setting)
         except UsageError as error:
@@ -102,6 +113,17 @@ def _objective(methods: Sequence[Method], place: int) -> Objective:
         (learned.objective for each in near for learned in each.loss.learned),
         Objective("bradley_terry", good="teacher", bad="student"),
     )
+
+
+def recorded(recipe: Recipe, folder: Path) -> dict[str, Index]:
+    """What the teachers that are folders of recorded signals hold, by role. `UsageError` where one cannot be read."""
+    return {role: read_index(Path(local(t.cache, folder))) for role, t in recipe.teachers.items() if t.cache}
+
+
+def local(path: str, folder: Path) -> str:
+    """A path relative to the recipe's folder, if it is there; else as it is (a hub id, or relative to here)."""
+    beside = folder / path
+    return str(beside) if beside.exists() else path
 
 
 def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
@@ -135,7 +157,9 @@ def words(built: Method) -> str:
     hears = {
         Says.TEXT: "its text",
         Says.TOKEN: "its log-probability of each token",
+        Says.TOP: "the log-probabilities of its likeliest tokens",
         Says.DENSE: "its whole distribution at each token",
+        Says.LAYERS: "its whole distribution and its layers' states at each token",
         Says.SCORE: "its score of each answer",
     }
     judges = ", ".join(f"{judge} gives {hears[says]}" for judge, says in built.needs.items()) or "nobody judges"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from opd import recipe as recipes
 from opd.errors import UsageError
 from opd.lock import differences
-from opd.log import RunFolder, read_json
+from opd.log import RunFolder, read_json, said_before
 from opd.recipe import Recipe, Resolved
 
 if TYPE_CHECKING:
@@ -111,19 +111,17 @@ def measure(place: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]:
     from opd.assemble import assemble, device_of
     from opd.legs import legs
-    from opd.types import Says
 
     found = legs(chosen, base)  # what cannot work is refused before torch is loaded
     import torch
 
     from opd.eval import evaluate
-    from opd.state import said_before
 
     if chosen.run.threads:
         torch.set_num_threads(chosen.run.threads)
     parts = assemble(chosen, found, base, device_of(chosen))
-    parts.teachers.heard.update(said_before(RunFolder.open(run)) if run else {})
-    role = next((j.role for leg in found for j, s in leg.method.needs.items() if s is Says.TEXT), None)
+    parts.teachers.heard.update(said_before(RunFolder.open(run).path) if run else {})
+    role = next((leg.method.taught_by for leg in found if leg.method.taught_by), None)
     return evaluate(
         parts.student,
         parts.teachers,

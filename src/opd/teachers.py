@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from opd import retokenize
 from opd.batch import Batch
+from opd.cache import Cache
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critics, Pairs, pair_up
@@ -28,9 +30,11 @@ from opd.head import token_logp
 from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
-from opd.signals import Dense, Experts, Score, Shelf, Signal, Token
+from opd.signals import Dense, Experts, Layered, Score, Shelf, Signal, Token
 from opd.types import RETOKENIZED, Judge, Needs, Prompt, Rollout, Says
 from opd.views import SAME, View, reread
+
+Depths = Mapping[Judge, Sequence[int]]
 
 
 @dataclass
@@ -48,6 +52,7 @@ class Teachers:
     came_next: Next | None = None  # what follows an answer, for the view `hint`
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
+    caches: Mapping[str, Cache] = field(default_factory=dict)  # of judges that said once what they say
     critic: Critics | None = None
     stage: str = ""  # the one that runs: the reference is of its start
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
@@ -73,6 +78,8 @@ class Teachers:
 
     def size(self, role: str) -> int:
         """Parameters of a role that work on each token, without loading a model that has left."""
+        if role in self.caches:
+            return 0
         return self.cast.size(role) if role in self.cast else parameters(self.model(role))
 
     def blend(self, chosen: tuple[str, float] | None) -> Blend | None:
@@ -110,7 +117,7 @@ class Teachers:
         """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
         given, limit = self.renderer.given, self.sampling.max_tokens
         recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
-        said = self.heard[self._name(role), prompt.id] if self._speaks_here(role) else recorded
+        said = self.heard.get((self._name(role), prompt.id), recorded)
         return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
     def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
@@ -145,22 +152,27 @@ class Teachers:
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 
-    def hear(self, batch: Batch, needs: Needs) -> Batch:
-        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere."""
+    def hear(self, batch: Batch, needs: Needs, depths: Depths = MappingProxyType({})) -> Batch:
+        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere.
+
+        `depths` are the layers that are asked of judges that say LAYERS.
+        """
         signals: dict[Judge, Signal] = dict(batch.signals)
         for judge, says in needs.items():
             if says is Says.SCORE:
                 signals[judge] = Score(self.scores(batch))
             elif says is not Says.TEXT:
-                signals[judge] = self._listen(judge, batch, says)
+                signals[judge] = self.hear_one(judge, batch, says, depths.get(judge, ()))
         return replace(batch, signals=signals)
 
-    def _listen(self, judge: Judge, batch: Batch, says: Says) -> Signal:
+    def hear_one(self, judge: Judge, batch: Batch, says: Says, depths: Sequence[int] = ()) -> Signal:
         """One judge about every row that its view exists for, each row by the model that it is for."""
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
             return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
-        seen, shown_B = self._seen(batch, judge.view)
+        seen, shown_B = self.seen(batch, judge.view)
+        if judge.role in self.caches:
+            return self.caches[judge.role].hear(seen, shown_B, judge.view, says)
         whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
         rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}
         everything = shown_B.all()
@@ -175,6 +187,13 @@ class Teachers:
                     logp_M = token_logp(model.head, h_MH, part.token_N, batch.temperature)
                 logp_N[flat_index(batch, mine)] = logp_M.to(logp_N)
             return Token(logp_N, heard_N)
+        if says is Says.LAYERS:
+            model, mine = self.model(judge.role), [b for b in range(len(whose)) if shown_B[b]]
+            h_MH, inner = model.all_states(seen.rows(mine), depths)
+            spread: Callable[[Tensor], Tensor] = lambda x_MH: x_MH.new_zeros(len(seen.row_N), x_MH.shape[1]).index_copy(
+                0, flat_index(seen, mine), x_MH
+            )
+            return Layered(spread(h_MH), model.head, heard_N, {d: spread(x) for d, x in inner.items()})
         if not shown_B.any():  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
@@ -199,7 +218,7 @@ class Teachers:
             )
         return Experts(judge_N, place_N, tuple(hidden), Shelf(heads, seen.row_N.device), heard_N)
 
-    def _seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
+    def seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
         """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B]."""
         shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
         if name == SAME:

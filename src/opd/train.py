@@ -29,7 +29,7 @@ from opd.replay import Replay
 from opd.speak import speak
 from opd.state import Progress, Run, Watch
 from opd.student import NotFiniteError, Student
-from opd.types import Rollout, Says
+from opd.types import Rollout
 
 __all__ = ["Watch", "learning_rate", "train"]
 
@@ -213,7 +213,7 @@ def _one(run: Run, steps: int) -> str | None:
         model = run.student.model
         dtype = torch.float64 if model.compute == torch.float64 else torch.float32
         batch = pack(rollouts, temperature=leg.sampling.temperature, device=model.device, dtype=dtype)
-        batch = teachers.hear(batch, leg.method.needs)
+        batch = teachers.hear(batch, leg.method.needs, leg.method.loss.depths)
         clock.append(time.perf_counter())
         stats = {} if waits else _learn(run, batch, learning_rate(leg, at.leg_step, steps))
         stats |= _teach_critic(run, rollouts, behind=behind, ahead=ahead)
@@ -347,7 +347,7 @@ def _evaluate(run: Run) -> bool:
     recipe, at = run.recipe, run.at
     if not run.parts.dev or at.evaluated == at.step:
         return False
-    role = next((j.role for each in run.legs for j, s in each.method.needs.items() if s is Says.TEXT), None)
+    role = next((leg.method.taught_by for leg in run.legs if leg.method.taught_by), None)
     try:
         numbers = evaluate(
             run.student.model,

@@ -21,7 +21,9 @@ HEADS = "Speaks|Judges?|Loss|Gradient|Source|Differs"  # lines of a method's doc
 SAYS = {
     "TEXT": "text",
     "TOKEN": "probability of each sampled token",
+    "TOP": "likeliest tokens at each token",
     "DENSE": "whole distribution at each token",
+    "LAYERS": "whole distribution and layers' states at each token",
     "SCORE": "score of each answer",
 }
 

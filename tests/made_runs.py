@@ -80,6 +80,27 @@ def bare_run(parent: Path, name: str = "bare") -> Path:
     return parent / name
 
 
+def curved_run(parent: Path, name: str, steps: int, *evals: float, reason: str = "", **curves: Any) -> Path:
+    """A run with the given curves, each (first value, last value) or a number, "kl__reverse_nats" for kl/reverse_nats,
+    in a straight line with a little noise; and evaluations of the accuracy (+- 0.04) spread over its steps."""
+    dice = random.Random(name)
+    with RunFolder.create(parent, name) as run:
+        for step in range(1, steps + 1):
+            line: dict[str, Any] = {"step": step, "stage": "one"}
+            for key, ends in curves.items():
+                first, last = ends if isinstance(ends, tuple) else (ends, ends)
+                value = first + (last - first) * (step - 1) / max(1, steps - 1)
+                line[key.replace("__", "/")] = value * (1 + dice.gauss(0, 0.01))
+            run.metrics(line)
+        for index, value in enumerate(evals):
+            at = round(steps * index / max(1, len(evals) - 1))
+            edges = {"eval/accuracy_low": value - 0.04, "eval/accuracy_high": value + 0.04}
+            run.metrics({"step": at, "stage": "one", "event": "eval", "eval/accuracy": value, **edges})
+        if reason:
+            run.write_json("summary.json", {"status": "stopped", "reason": reason, "step": steps})
+    return parent / name
+
+
 def _documents(run: RunFolder, steps: int, lift: float) -> None:
     run.write_json(
         "plan.json",
@@ -158,7 +179,15 @@ def _step(run: RunFolder, dice: random.Random, step: int, steps: int, lift: floa
          "kl/reverse_nats": 0.5 * math.exp(-2 * done) + abs(noise(0.02)),
          "kl/reference_nats": 0.2 * done + abs(noise(0.01)),
          "entropy/student_nats": 0.9 - 0.25 * done + noise(0.02), "entropy/teacher_nats": 0.6 + noise(0.02),
+         "kl/forward_nats": 0.6 * math.exp(-2 * done) + abs(noise(0.02)), "entropy/gap_nats": 0.3 - 0.1 * done,
+         "overlap/ratio": 0.72 + 0.19 * done + noise(0.01), "overlap/advantage_nats": -0.05 * math.exp(-2 * done),
+         "overlap/student_mass": 0.95 + 0.03 * done, "overlap/teacher_mass": 0.93 + 0.05 * done,
          "ratio/mean": 1 + noise(0.01), "ratio/clipped_share": abs(noise(0.01)),
+         "clip/positive_stopped_share": 0.03 + abs(noise(0.01)), "clip/negative_stopped_share": abs(noise(0.01)),
+         "clip/above_share": 0.02 + abs(noise(0.01)), "clip/below_share": abs(noise(0.01)),
+         "gate/match_teacher_open_share": 0.18 + noise(0.01), "mismatch/mean_nats": 0.01 + abs(noise(0.001)),
+         "mismatch/nats_max": 0.3 + abs(noise(0.05)), "mismatch/outside_share": abs(noise(0.0003)),
+         "text/repetition": 1.6 + noise(0.05), "text/repeating_share": 0.0, "text/refusal_share": abs(noise(0.004)),
          "reward/mean": -0.6 + 0.5 * done + noise(0.1), "reward/std": 0.6 + noise(0.04),
          "reward/exact_match": 0.4 + lift * done + noise(0.04), "group/degenerate_share": 0.1 + abs(noise(0.03)),
          "length/student_tokens": length, "length/teacher_tokens": 88 + noise(2), "length/ratio": length / 88,
@@ -167,7 +196,9 @@ def _step(run: RunFolder, dice: random.Random, step: int, steps: int, lift: floa
          "critic/length_only_accuracy": 0.55 + noise(0.02), "critic/margin": 0.8 - 0.3 * done + noise(0.1),
          "critic/score_student": 0.1 + 0.6 * done + noise(0.1), "critic/score_teacher": 0.9 + 0.3 * done + noise(0.1),
          "tokens/generated": 41_000 + int(noise(500)), "tokens/trained": 33_000 + int(noise(500)),
-         "lr/student": 1e-6 * (1 - done), "lr/critic": 1e-6, "mine/brevity": noise(1)}
+         "lr/student": 1e-6 * (1 - done), "lr/critic": 1e-6, "mine/brevity": noise(1),
+         **{f"position/kl_nats_from_{2**i}": 0.1 * (i + 1) * math.exp(-2 * done) + noise(0.005) for i in range(8)},
+         **{f"position/overlap_from_{2**i}": 0.9 - 0.03 * i * (1.3 - done) + noise(0.005) for i in range(8)}}
     )  # fmt: skip
     run.perf(
         {"step": step, "time/step_s": 16 + noise(1), "time/speak_s": 9 + noise(0.5), "time/judge_s": 2 + noise(0.1),

@@ -16,7 +16,7 @@ from opd.engines.table import table_model
 from opd.head import token_logp
 from opd.method import EXPERT
 from opd.model import CausalModel
-from opd.signals import Dense, Experts, Score, Shelf, Token
+from opd.signals import Dense, Experts, Layered, Score, Shelf, Token, TopK
 from opd.student import Optim, Student
 from opd.types import RETOKENIZED, Judge, Message, Prompt, Rollout, Says, Turn
 
@@ -200,11 +200,18 @@ def hear(
             signals[judge] = Dense(hidden, model.head, heard_N)
             if judge.role == EXPERT:
                 signals[judge] = experts(hidden, (row % 2)[batch.row_N], model)
-        elif says is Says.TOKEN:
+        elif says is Says.LAYERS:  # both of a table's, by either of their numbers
+            hidden, inner = model.all_states(batch, (0, 1, -1, -2))
+            signals[judge] = Layered(hidden, model.head, heard_N, inner)
+        elif says.by_token:
             hidden = model.all_hidden(batch)
             logp_N = token_logp(model.head, hidden, batch.token_N, batch.temperature)
             silent_N = torch.zeros_like(batch.row_N, dtype=torch.bool) if heard_N is None else ~heard_N
-            signals[judge] = Token(logp_N.masked_fill(silent_N, float("nan")), heard_N)
+            logp_N = logp_N.masked_fill(silent_N, float("nan"))
+            signals[judge] = Token(logp_N, heard_N)
+            if says is Says.TOP:  # at temperature 1, and as many as there are
+                top = Dense(hidden, model.head).top(V, 1.0)
+                signals[judge] = TopK(logp_N, *top, heard_N=heard_N)
     return replace(batch, signals=signals)
 
 

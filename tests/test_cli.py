@@ -122,6 +122,7 @@ def test_training_as_json_is_one_object(opd, recipe):
     code, said, _ = opd("train", recipe, "--json")
     told = json.loads(said)
     assert code == 0 and told.pop("run") == str(recipe.parent / "run")
+    assert told.pop("verdict")["answer"] == "cannot tell yet"
     assert told == read_json(recipe.parent / "run" / "summary.json")
 
 
@@ -244,6 +245,10 @@ def test_every_json_parses(opd, finished, recipe, tmp_path):
     rows = json.loads(opd("samples", finished, "--json", "--n", 2)[1])
     assert len(rows) == 2 and {row["step"] for row in rows} == {2}
     told = json.loads(opd("report", finished, "-o", tmp_path / "r.html", "--json")[1])
+    verdict = told["verdicts"][str(finished)]
+    assert verdict["answer"] == "cannot tell yet" and verdict["evidence"] and verdict["remedy"]
+    line, place = opd("report", finished, "-o", tmp_path / "r.html")[1].splitlines()
+    assert line.startswith("cannot tell yet: ") and place == str(tmp_path / "r.html")
     assert Path(told["report"]).read_text().startswith("<!")
 
 

@@ -35,8 +35,9 @@ from opd.batch import Batch, Total, WholeScope, prepare
 from opd.errors import OpdError, UsageError
 from opd.loss import Loss, Push
 from opd.math import divergence as D
-from opd.method import Setting, bind, build, catalogue
+from opd.method import REFERENCE, Setting, bind, build, catalogue
 from opd.model import CausalModel
+from opd.projector import InsideScope
 from opd.student import Optim, Student, TileScope
 from opd.types import Judge, Rollout, Says
 
@@ -76,7 +77,10 @@ def test_binds_with_enough_and_is_refused_one_step_below(name):
     method, setting = build(name), enough(name)
     bind(method, setting)
     for role, says in setting.roles.items():
-        below = {Says.SCORE: Says.DENSE, Says.DENSE: Says.TOKEN, Says.TOKEN: Says.TEXT, Says.TEXT: None}[says]
+        steps = (None, Says.TEXT, Says.TOKEN, Says.TOP, Says.DENSE, Says.LAYERS)
+        below = Says.DENSE if says is Says.SCORE else steps[steps.index(says) - 1]
+        if below is None and role == REFERENCE.role:
+            continue  # the student's earlier self can always speak
         weaker = {r: s for r, s in setting.roles.items() if r != role} | ({} if below is None else {role: below})
         with pytest.raises(UsageError) as caught:
             bind(method, replace(setting, roles=weaker))
@@ -111,7 +115,9 @@ def test_asks_exactly_what_it_reads(name, monkeypatch):
 
     recorded(TileScope, "distribution", Says.DENSE)
     recorded(TileScope, "crossed", Says.DENSE)
+    recorded(TileScope, "top", Says.TOP)
     recorded(TileScope, "judged", Says.TOKEN)
+    recorded(InsideScope, "layer", Says.LAYERS)
     recorded(WholeScope, "judged", Says.TOKEN)
     recorded(WholeScope, "scored", Says.SCORE)
     monkeypatch.setattr(student_module, "observe", lambda *_: None)

@@ -101,7 +101,8 @@ def test_the_pages_that_are_made_are_up_to_date() -> None:
     assert not old, "run `python docs/generate.py`"
 
 
-AREAS = "loss grad kl entropy ratio reward score group length critic tokens lr time rate memory eval"
+AREAS = """loss grad kl entropy ratio reward score group length critic tokens lr time rate memory eval
+overlap position leak clip gate mismatch text"""
 METRIC = re.compile(rf"(?:{'|'.join(AREAS.split())})/[a-z0-9_<>{{}}/]+")
 
 

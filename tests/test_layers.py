@@ -18,12 +18,12 @@ SRC = ROOT / "src" / "opd"
 # From the ground up. A module may import its own layer and those below; a package's name stands for all in it.
 LAYERS = {
     "ground": "errors types schedule lock log interrupt metrics vocabulary spelling",
-    "algebra": "math expression divergences anchors credits gates loss spans method methods",
-    "text": "chat views hints rows data mixture tasks world verify_math rewards reward_model",
+    "algebra": "math expression divergences anchors credits gates layered loss spans method methods",
+    "text": "chat views texts hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head aligned signals engines batch model retokenize cast tally observe student critic replay"
-    " teachers speak contest checkpoint snapshot diagnose",
-    "run": "legs assemble record state best eval train runs",
+    "models": "head aligned signals engines batch cache model retokenize cast tally compare observe projector student"
+    " critic replay teachers speak contest checkpoint snapshot diagnose",
+    "run": "legs assemble offline record state best eval train runs",
     "look": "samples report panel",
     "front": "demo api cli __init__",
 }

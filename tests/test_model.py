@@ -309,7 +309,7 @@ def test_an_adapter_left_before_backward_stops_the_run(how, saved):
     batch = pack(rollouts(), temperature=1.0)
     learner = Student(model, Optim())
     learner.optimizer.zero_grad()
-    hidden = model.hidden(batch, range(len(batch.rollouts)))
+    hidden, _ = model.states(batch, range(len(batch.rollouts)))
     if how == "disabled":
         model.module.disable_adapter_layers()
     else:

@@ -155,7 +155,6 @@ def test_roles_have_rules(folder: Path) -> None:
         assert f"`teachers.{role}` cannot be configured" in refused(folder, RECIPE, f"teachers.{role}.model=a/b")[0]
     assert "is no role" in refused(folder, RECIPE, "teachers.Big.model=a/b")[0]
     assert "Found none" in refused(folder, RECIPE, "teachers.big={}")[0]
-    assert "recorded scores are not read yet" in refused(folder, RECIPE, "teachers.big.cache=x")[0]
 
 
 def test_settings_without_effect_are_refused(folder: Path) -> None:

@@ -24,7 +24,7 @@ from opd.report.excerpt import inert_json
 from opd.report.lights import lights
 from opd.report.provenance import recipe_rows
 from opd.report.run import Estimate, load
-from opd.report.summary import duration, verdict
+from opd.report.summary import duration, outcome
 from opd.report.svg import Boundary, Scale, Series, labels, line_chart, number, smooth, thin, ticks
 
 VOID = {"meta", "input", "br", "img", "link", "hr"}
@@ -302,7 +302,7 @@ def test_the_verdict_claims_no_more_than_was_measured(tmp_path: Path, before: An
 
     with RunFolder.create(tmp_path, "r") as run:
         run.write_json("summary.json", {"status": "finished", "before": line(before), "after": line(after)})
-    assert sentence in verdict(load(tmp_path / "r"))
+    assert sentence in outcome(load(tmp_path / "r"))
 
 
 def test_a_recipe_is_split_by_where_its_values_came_from(runs: dict[str, Path]) -> None:
@@ -357,10 +357,11 @@ def test_a_bad_light_says_why_and_what_to_do(tmp_path: Path) -> None:
             run.metrics(
                 {"step": step, "critic/accuracy": 0.99, "length/ratio": 2.0, "length/truncated_share": 0.3,
                  "entropy/student_nats": 2.0 / (1 + step), "group/degenerate_share": 0.9,
-                 "critic/length_only_accuracy": 0.9, "grad/norm": 100.0 if step % 10 == 9 else 1.0}
+                 "critic/length_only_accuracy": 0.9, "text/repeating_share": 0.2, "mismatch/outside_share": 0.1,
+                 "grad/norm": 100.0 if step % 10 == 9 else 1.0}
             )  # fmt: skip
     found = lights(load(tmp_path / "r"))
-    assert len(found) == 7
+    assert len(found) == 9
     assert all(light.status == "bad" and light.why and light.remedy and light.rule for light in found)
     text = Page(render([tmp_path / "r"], tmp_path / "x.html").read_text()).text()
     assert all(light.why in text and light.remedy in text for light in found)

@@ -11,12 +11,15 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opd import recipe as recipes
 from opd.errors import UsageError
 from opd.log import RunFolder, read, read_json
 from opd.recipe import Recipe, Resolved
+
+if TYPE_CHECKING:
+    from opd.report import Verdict
 
 Watch = Callable[[str, Mapping[str, Any]], None]
 
@@ -84,6 +87,13 @@ class Run:
         from opd.report import render
 
         return render([self.path], Path(out) if out else self.path / "report.html")
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether it is learning, and if not, why: `answer`, `evidence`, `why`, `remedy`; all of it is its `line`."""
+        from opd.report import judged
+
+        return judged(self.path)
 
     @property
     def model(self) -> Path:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from opd import data, hints
+from opd.cache import Cache
 from opd.chat import Renderer, renderer, same_tokenizer
 from opd.errors import UsageError
-from opd.legs import Leg
+from opd.legs import Leg, local
+from opd.lock import hash_model
+from opd.log import said_before
 from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe
@@ -65,18 +68,21 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
     models: dict[str, Load] = {}
     voices: dict[str, Renderer] = {}
     answers: dict[str, dict[str, tuple[str, ...]]] = {}
-    rooms: dict[str, int | None] = dict.fromkeys(("student", "reference", "ema"), student.room)
+    caches: dict[str, Cache] = {}
+    rooms: dict[str, int | None] = dict.fromkeys(("student", "reference", "ema"), _room(student))
     for role, teacher in recipe.teachers.items():
         if role not in wants:
             notes.append(f"teacher `{role}` is not asked by any stage, and was not loaded")
         elif teacher.model:
             voices[role], models[role], rooms[role] = _teacher(role, teacher, tokenizer, student, device, wants[role])
         elif teacher.stage:
-            rooms[role] = student.room
+            rooms[role] = _room(student)
             if run is not None:  # where the student is only measured, nobody asks what it was
                 models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
         elif teacher.answers:
             answers[role] = data.answers(local(teacher.answers, folder))
+        elif teacher.cache:
+            caches[role] = _cache(recipe, role, Path(local(teacher.cache, folder)), student, voice)
     for role in sorted({j.role for leg in found for j in leg.method.needs if j.view == RETOKENIZED} & voices.keys()):
         notes.append(crossing(voice, voices[role]).note(role))
     views = {name: View(name, text, folder) for name, text in recipe.views.model_dump().items()}
@@ -96,6 +102,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         hint_judge=(recipe.hint.judge, recipe.hint.votes) if recipe.hint and recipe.hint.judge else None,
         rooms=held,
         disk=run / "carried" if run is not None and recipe.run.carry == "disk" else None,
+        caches=caches,
         answers=answers,
         voices=voices,
         sampling=replace(found[0].sampling, temperature=1.0),
@@ -104,10 +111,13 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         answers_each={role: teacher.samples for role, teacher in recipe.teachers.items()},
         beams={role: teacher.beams for role, teacher in recipe.teachers.items()},
     )
+    for cache in caches.values():
+        teachers.heard.update(said_before(cache.folder))
     specs = [{"use": r.use, "weight": r.weight, "args": dict(r.args)} for r in recipe.reward]
     scorers = rewards_module.load_all(specs, folder)
     hashes = {"template": voice.fingerprint, "data.train": data.content(mixture_prompts(mixture))}
     hashes |= {"data.dev": data.content(dev)} if dev else {}
+    hashes |= {f"teachers.{role}.cache": cache.index.fingerprint for role, cache in caches.items()}
     return Parts(student, teachers, mixture, dev, scorers, tuple(notes), hashes)
 
 
@@ -128,6 +138,31 @@ def _student(own: Any, vocab: int, device: str) -> CausalModel:
     return replace(with_vocab(model, vocab), name=own.model)
 
 
+def _cache(recipe: Recipe, role: str, folder: Path, student: CausalModel, voice: Renderer) -> Cache:
+    """A folder of recorded signals, if it was made with the student's tokens and, where it spoke, with this student."""
+    cache = Cache(folder, student.device)
+    made = cache.index
+    if made.tokenizer != voice.fingerprint:
+        raise UsageError(
+            f"teachers.{role}.cache: {folder} was recorded with another tokenizer, chat template, stop token or "
+            f"data.think than `{student.name}` has here, and no row of it would be found: record it anew"
+        )
+    if made.student not in ("", model_fingerprint(recipe.student, student)):
+        raise UsageError(
+            f"teachers.{role}.cache: {folder} holds what was said of another student's samples than "
+            f"`{student.name}`'s: the reference that speaks is the student as it begins. Record it anew"
+        )
+    return cache
+
+
+def model_fingerprint(chosen: Any, model: CausalModel) -> str:
+    """What decides the numbers of a model as it is loaded: its weights (or hub id and revision), type and layers."""
+    place = Path(model_path(chosen.model))
+    revision = getattr(getattr(model.module, "config", None), "_commit_hash", None)
+    content = hash_model(place) if place.is_dir() else f"{chosen.model}@{revision}"
+    return f"{content}:{chosen.dtype}:{getattr(chosen, 'drop_layers', 0)}"
+
+
 def device_of(recipe: Recipe) -> str:
     """Where to compute: as the recipe says, or on a GPU if there is one."""
     import torch
@@ -138,12 +173,6 @@ def device_of(recipe: Recipe) -> str:
 def mixture_prompts(mixture: Mixture) -> list[Prompt]:
     """Every prompt of a mixture once."""
     return [p for source in mixture.sources for p in source]
-
-
-def local(path: str, folder: Path) -> str:
-    """A path relative to the recipe's folder, if it is there; else as it is (a hub id, or relative to here)."""
-    beside = folder / path
-    return str(beside) if beside.exists() else path
 
 
 def model_path(model: str) -> str:
@@ -168,6 +197,11 @@ def with_vocab(model: CausalModel, vocab: int) -> CausalModel:
     return replace(model, head=replace(model.head, vocab=min(vocab, model.head.weight.shape[0])))
 
 
+def _room(model: CausalModel) -> int | None:
+    """Tokens that a model holds, prompt and answer together, where its config says so."""
+    return getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+
+
 def _critic_fits(recipe: Recipe, tokenizer: Any) -> None:
     own = load_tokenizer(recipe.critic.init, recipe.student.trust_remote_code)
     if difference := same_tokenizer(tokenizer, own):
@@ -185,13 +219,13 @@ def _teacher(
     from opd.model import load
 
     own = load_tokenizer(teacher.model, teacher.trust_remote_code)
-    if says in (Says.TOKEN, Says.DENSE) and (difference := same_tokenizer(tokenizer, own)):
+    if says.by_token and (difference := same_tokenizer(tokenizer, own)):
         raise UsageError(
             f"student `{student.name}` and {role} `{teacher.model}` do not share a tokenizer: {difference}. This "
             "method compares their probabilities token by token. Use a teacher of the student's family, or a method "
             "that reads text alone: gad, seqkd; or one that aligns the two: gold, uld"
         )
-    vocab = student.head.vocab if says in (Says.TOKEN, Says.DENSE) else len(own)
+    vocab = student.head.vocab if says.by_token else len(own)
 
     def fetch() -> CausalModel:
         source, trust = model_path(teacher.model), teacher.trust_remote_code
@@ -200,14 +234,14 @@ def _teacher(
 
     first = fetch()
     stops = first.stop_ids or ((own.eos_token_id,) if own.eos_token_id is not None else ())
-    return renderer(own, stop_ids=stops), (lambda: first) if teacher.resident else fetch, first.room
+    return renderer(own, stop_ids=stops), (lambda: first) if teacher.resident else fetch, _room(first)
 
 
 def _data(
     recipe: Recipe, folder: Path, voice: Renderer, found: Sequence[Leg], student: CausalModel
 ) -> tuple[Mixture, tuple[Prompt, ...], list[str]]:
     notes: list[str] = []
-    room = student.room
+    room = _room(student)
     longest = max(leg.sampling.max_tokens for leg in found)
     if room is not None and room <= longest:
         raise UsageError(
@@ -290,7 +324,7 @@ def _judges_see(
 ) -> None:
     """Refuse prompts that a judge has no view of, or that are too long for it with the view and an answer."""
     for judge, says in leg.method.needs.items():
-        if says not in (Says.TOKEN, Says.DENSE) or judge.view == RETOKENIZED:
+        if not says.by_token or judge.view == RETOKENIZED:
             continue
         if judge.view in views and views[judge.view].looks_back:
             continue  # a hint is only known after the student spoke: then such a row is not heard

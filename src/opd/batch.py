@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from zlib import crc32
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from opd.expression import Expression
 from opd.gates import Heard
 from opd.loss import Loss
 from opd.schedule import value
-from opd.signals import Experts, Score, Signal, Token
+from opd.signals import Experts, Score, Signal, Token, TopK
 from opd.types import Judge, Rollout
 
 
@@ -42,13 +43,31 @@ class Batch:
         return torch.bincount(self.row_N, minlength=len(self.rollouts))
 
     @cached_property
+    def place_N(self) -> Tensor:
+        """How many loss tokens of its row stand before each."""
+        start_B = self.length_B.cumsum(0) - self.length_B
+        return torch.arange(len(self.row_N), device=self.row_N.device) - start_B[self.row_N]
+
+    @cached_property
+    def own_N(self) -> Tensor:
+        """True for each token that the student sampled."""
+        own = [r.speaker == "student" for r in self.rollouts]
+        return torch.tensor(own, dtype=torch.bool, device=self.row_N.device)[self.row_N] & self.behaviour_N.isfinite()
+
+    @cached_property
+    def lot_N(self) -> Tensor:
+        """A number for each token that depends on who said it to what and where, but on no layout: to choose by."""
+        said = [crc32(f"{r.prompt.id} {r.speaker} {r.sample}".encode()) for r in self.rollouts]
+        return torch.tensor(said, dtype=torch.long, device=self.row_N.device)[self.row_N] + self.place_N
+
+    @cached_property
     def logp_cache(self) -> dict[Judge, Tensor]:
         return {}
 
     def judged(self, judge: Judge) -> Tensor:
         """[N] the judge's log-probability of the sampled tokens, at the rollouts' temperature."""
         signal = self.signals[judge]
-        if isinstance(signal, Token | SpanToken):
+        if isinstance(signal, Token | SpanToken | TopK):
             return signal.logp_N
         assert not isinstance(signal, Score), f"{judge} gave a score, not log-probabilities"
         if judge not in self.logp_cache:
@@ -267,9 +286,9 @@ def prepare(loss: Loss, batch: Batch, step: int, live_N: Tensor | None = None, t
             signal = batch.signals.get(judge)
             if signal is None or isinstance(signal, Score):
                 continue
-            known_N = (
-                signal.logp_N if isinstance(signal, Token | SpanToken) else batch.behaviour_N.new_zeros(len(own_N))
-            )
+            known_N = batch.behaviour_N.new_zeros(len(own_N))
+            if isinstance(signal, Token | SpanToken | TopK):
+                known_N = signal.logp_N
             if signal.heard_N is not None:  # the term says what it does there, or a hole is a hole
                 known_N = known_N.masked_fill(~signal.heard_N, 0.0 if judge in silence else float("nan"))
             read[f"the log-probability of `{judge}`"] = known_N
@@ -307,6 +326,17 @@ class Total:
         device = torch.device("cuda", torch.cuda.current_device()) if dist.get_backend() == "nccl" else "cpu"
         zero = torch.zeros(2, dtype=torch.float64, device=device)
         return {k: self(sums.get(k, zero)) for k in sorted({n for names in everyone for n in names})}
+
+    def most(self, values: dict[str, float]) -> dict[str, float]:
+        """By name the largest over ranks."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return values
+        everyone: list[dict[str, float]] = [{} for _ in range(dist.get_world_size())]
+        dist.all_gather_object(everyone, values)
+        names = sorted({name for own in everyone for name in own})
+        return {name: max(own[name] for own in everyone if name in own) for name in names}
 
 
 def _here(x: Tensor) -> Tensor:

@@ -9,6 +9,8 @@ import json
 import os
 import re
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,6 +27,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+DTYPES = ("float32", "bfloat16", "float16")
 out = Console()
 err = Console(stderr=True)
 
@@ -129,17 +132,20 @@ def train(
     except KeyboardInterrupt:
         err.print("interrupted: the run stopped at once; `opd train --resume RUN` goes on from its last checkpoint")
         raise typer.Exit(130) from None
+    from opd.report import judged
+
+    found = judged(folder)
     if as_json:
-        _json({"run": str(folder), **summary})
+        _json({"run": str(folder), **summary, "verdict": found.plain})
     else:
-        _said(folder, summary)
+        _said(folder, summary, found.line)
     if summary["reason"] == "interrupted":
         raise typer.Exit(130)
     if summary["status"] != "finished":
         raise typer.Exit(1)
 
 
-def _said(folder: Path, summary: dict[str, Any]) -> None:
+def _said(folder: Path, summary: dict[str, Any], verdict: str) -> None:
     _say(f"{summary['status']}: {summary['step']} steps, {summary['seconds']:.0f} s, in {folder}")
     if summary["reason"]:
         _say(f"  {summary['reason']}")
@@ -147,6 +153,7 @@ def _said(folder: Path, summary: dict[str, Any]) -> None:
         if key in summary["after"]:
             before, after = summary["before"].get(key, float("nan")), summary["after"][key]
             _say(f"  {key}: {before:.3f} -> {after:.3f}")
+    _say(f"  {verdict}")
     _say(f"next: opd train --resume {folder}" if summary["reason"] == "interrupted" else f"next: opd report {folder}")
 
 
@@ -173,6 +180,60 @@ def check(
         _say(f"stage {stage['name']}: {stage['words']}")
         _say(f"  minimises {stage['equation']}")
     _say(f"next: opd train {' '.join(recipes or [])}")
+
+
+@app.command()
+def signals(
+    recipes: Recipes,
+    out_dir: Annotated[Path, typer.Option("--out", help="The folder to write to, or to add what is missing to.")],
+    role: Annotated[str, typer.Option(help="Which teacher.")] = "teacher",
+    keep: Annotated[str | None, typer.Option(help="token, top_k or hidden; what the recipe's loss needs.")] = None,
+    k: Annotated[int | None, typer.Option("--k", min=1, help="How many likeliest tokens, for top_k.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="Store hidden states as float32, bfloat16 or float16.")] = None,
+    as_json: Json = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress.")] = False,
+) -> None:
+    """Write down once what a teacher says of texts that do not change, to train from later without it."""
+    for name, given, known in (("keep", keep, ("token", "top_k", "hidden")), ("dtype", dtype, DTYPES)):
+        if given is not None and given not in known:
+            raise typer.BadParameter(f"{given!r} is none of {', '.join(known)}", param_hint=f"--{name}")
+    resolved, base = _resolved(recipes)
+    from opd.legs import legs
+
+    legs(resolved.recipe, base)  # what cannot work is refused before torch is loaded
+    from opd.offline import record
+
+    choices: Any = {"keep": keep, "k": k, "dtype": dtype}
+    try:
+        with _counting("prompts", quiet or as_json) as progress:
+            report = record(resolved.recipe, base, out_dir, role, **choices, progress=progress)
+    except KeyboardInterrupt:
+        err.print("interrupted: what was written stays, and the same command adds what is missing")
+        raise typer.Exit(130) from None
+    if as_json:
+        _json(report)
+        return
+    _say(
+        f"{report['rows']} texts, {report['tokens']} tokens, {report['bytes'] / 2**20:.1f} MiB in {out_dir}: "
+        f"{report['bytes_per_token']} bytes a token ({report['keep']}; the whole distribution: "
+        f"{report['bytes_per_token_whole']})"
+    )
+    _say(f"next: opd train {' '.join(recipes)} teachers.{role}.model=null teachers.{role}.cache={out_dir}")
+
+
+@contextmanager
+def _counting(what: str, quiet: bool) -> Iterator[Callable[[int, int], None]]:
+    """A bar on a terminal, a line now and then elsewhere, nothing when quiet."""
+    if quiet:
+        yield lambda _done, _of: None
+    elif not err.is_terminal:
+        yield lambda done, of: err.print(f"{done} of {of} {what}", highlight=False)
+    else:
+        from rich.progress import Progress
+
+        with Progress(console=err) as bar:
+            task = bar.add_task(what)
+            yield lambda done, of: bar.update(task, completed=done, total=of)
 
 
 @app.command()
@@ -233,11 +294,17 @@ def report(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="The file to write.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one self-contained HTML page about one run or several."""
-    from opd.report import render
+    """Write one self-contained HTML page about one run or several, and say of each whether it is learning."""
+    from opd.report import judged, render
 
     place = render(runs, output or runs[-1] / "report.html")
-    _json({"report": str(place)}) if as_json else _say(str(place))
+    verdicts = {str(run): judged(run) for run in runs}
+    if as_json:
+        _json({"report": str(place), "verdicts": {run: found.plain for run, found in verdicts.items()}})
+        return
+    for run, found in verdicts.items():
+        _say(f"{run}: {found.line}" if len(runs) > 1 else found.line)
+    _say(str(place))
 
 
 @app.command(name="eval")

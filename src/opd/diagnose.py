@@ -99,6 +99,9 @@ _WATCHED = {
     "entropy/student_nats",
     "critic/length_only_accuracy",
     "critic/student_waits",
+    "mismatch/outside_share",
+    "clip/positive_stopped_share",
+    "text/repeating_share",
 }
 _RULES: dict[str, tuple[Callable[[float, Watchdog], bool], str, str]] = {
     "length/truncated_share": (
@@ -135,5 +138,20 @@ _RULES: dict[str, tuple[Callable[[float, Watchdog], bool], str, str]] = {
         lambda m, _: m > 0.8,
         "in {:.0%} of the steps the student waited: the critic could not tell it from the teacher (accuracy_band)",
         "where the samples are good, stop: the critic has no more to teach; else raise critic.lr or critic.steps",
+    ),
+    "mismatch/outside_share": (
+        lambda m, _: m > 0.02,
+        "{:.1%} of the tokens are twice as likely to the engine that speaks as to the trainer, or half",
+        "give both the same precision, sampling settings and weights, or mask such tokens with a band gate",
+    ),
+    "clip/positive_stopped_share": (
+        lambda m, _: m > 0.5,
+        "the clip stops {:.0%} of the tokens that should become likelier",
+        "anchor at the old student, widen the clip's upper side, or lower train.updates and train.passes",
+    ),
+    "text/repeating_share": (
+        lambda m, _: m > 0.05,
+        "{:.0%} of the answers repeat themselves",
+        "read the longest samples; lower train.lr, add a KL to the reference, mix in recorded answers",
     ),
 }

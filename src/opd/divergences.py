@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from opd import math
+from opd.types import Says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,11 +63,24 @@ class Divergence:
     cap: float | None = None
     tau_squared: bool = False
 
+    @property
+    def asks(self) -> Says:
+        """What it must know of the teacher: its likeliest tokens, where only they are compared; else all."""
+        return Says.TOP if self.support is not None and self.support.whose == "teacher" else Says.DENSE
+
     def entries(self, s_nV: Tensor, t_nV: Tensor) -> Tensor:
         """[n, V] (or [n, K] on a support) whose sum is the divergence; both arguments already at `temperature`."""
-        fn: Callable[..., Tensor] = getattr(math.divergence, self.name)
         if self.support is not None:
             s_nV, t_nV = math.support.cut(s_nV, t_nV, **asdict(self.support))
+        return self._between(s_nV, t_nV)
+
+    def entries_at(self, s_nV: Tensor, ids_nK: Tensor, t_nK: Tensor) -> Tensor:
+        """The same [n, K], where of the teacher only its likeliest tokens are known, and no others are compared."""
+        assert self.support is not None and self.asks is Says.TOP
+        return self._between(*math.support.cut_at(s_nV, ids_nK, t_nK, self.support.rest))
+
+    def _between(self, s_nV: Tensor, t_nV: Tensor) -> Tensor:
+        fn: Callable[..., Tensor] = getattr(math.divergence, self.name)
         entries_nV = fn(s_nV, t_nV, **dict(self.args))
         if self.cap is not None:
             entries_nV = entries_nV.clamp(max=self.cap)
@@ -74,6 +88,9 @@ class Divergence:
 
     def between(self, tile: Tile, judge: Judge) -> Tensor:
         """[n] the divergence at each token of a tile."""
+        if self.support is not None and self.asks is Says.TOP:
+            top = tile.top(judge, self.support.k, self.temperature)
+            return self.entries_at(tile.student(self.temperature), *top).sum(-1)
         return self.entries(tile.student(self.temperature), tile.distribution(judge, self.temperature)).sum(-1)
 
     def counted(self, scope: Whole, judge: Judge) -> Tensor | None:
@@ -98,6 +115,10 @@ class Distance(Protocol):
     @property
     def temperature(self) -> float:
         """Divides both sides' logits."""
+
+    @property
+    def asks(self) -> Says:
+        """What it must know of the judge."""
 
     def between(self, tile: Tile, judge: Judge) -> Tensor:
         """[n] its value at each token of a tile."""

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from opd import method
+from opd.cache import Index, read_index
 from opd.engines.base import Sampling
 from opd.errors import UsageError
 from opd.loss import Objective
-from opd.method import EXPERT, VIEWS, Method, Setting, bind
+from opd.method import EXPERT, VIEWS, Method, Recorded, Setting, bind
 from opd.mixture import Mixture
 from opd.recipe import Recipe, Stage
 from opd.types import Says
@@ -57,12 +58,15 @@ class Leg:
 
 def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     """Every stage with its method built and bound to what the recipe offers. Loads no model; all problems at once."""
-    roles = {role: Says.DENSE if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
-    if roles:
-        roles[EXPERT] = max(roles.values())  # whether each domain has its own is known with the data
     found: list[Leg] = []
     problems: list[str] = []
     methods: list[tuple[Stage, Method]] = []
+    caches = recorded(recipe, folder or Path.cwd())
+    roles = {role: Says.LAYERS if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
+    if roles:
+        # Whether each domain has its own is known with the data; several widths are no layer, no cache is of several.
+        roles[EXPERT] = min(Says.DENSE, max(roles.values()))
+    roles |= {role: index.says for role, index in caches.items()}
     for stage in recipe.stages:
         try:
             methods.append((stage, method.build(stage.method.name, stage.method.args, folder)))
@@ -87,7 +91,15 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
         views = dict.fromkeys(VIEWS, "")
         if recipe.hint is None:
             views["hint"] = "the recipe does not say where hints come from: add `hint: {use: world}` or your own"
-        setting = Setting(roles, bool(recipe.reward), responses=True, views=views, truncated_sampling=", ".join(cut))
+        setting = Setting(
+            roles,
+            bool(recipe.reward),
+            responses=True,
+            views=views,
+            truncated_sampling=", ".join(cut),
+            recorded={r: Recorded(c.k, c.top_temperature, c.temperature) for r, c in caches.items()},
+            temperature=speak.temperature,
+        )
         try:
             bind(built, setting)
         except UsageError as error:
@@ -133,8 +145,19 @@ def first_cursor(found: Sequence[Leg], index: int, mixture: Mixture) -> int:
 
 def text_role(recipe: Recipe, found: Sequence[Leg]) -> str | None:
     """Whose text evaluations compare with, if anybody's: a teacher that is there from the start to the end."""
-    roles = [j.role for leg in found for j, says in leg.method.needs.items() if says is Says.TEXT]
+    roles = [leg.method.taught_by for leg in found if leg.method.taught_by]
     return next((r for r in roles if r not in recipe.teachers or not recipe.teachers[r].stage), None)
+
+
+def recorded(recipe: Recipe, folder: Path) -> dict[str, Index]:
+    """What the teachers that are folders of recorded signals hold, by role. `UsageError` where one cannot be read."""
+    return {role: read_index(Path(local(t.cache, folder))) for role, t in recipe.teachers.items() if t.cache}
+
+
+def local(path: str, folder: Path) -> str:
+    """A path relative to the recipe's folder, if it is there; else as it is (a hub id, or relative to here)."""
+    beside = folder / path
+    return str(beside) if beside.exists() else path
 
 
 def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
@@ -170,7 +193,9 @@ def words(built: Method) -> str:
     hears = {
         Says.TEXT: "its text",
         Says.TOKEN: "its log-probability of each token",
+        Says.TOP: "the log-probabilities of its likeliest tokens",
         Says.DENSE: "its whole distribution at each token",
+        Says.LAYERS: "its whole distribution and its layers' states at each token",
         Says.SCORE: "its score of each answer",
     }
     judges = ", ".join(f"{judge} gives {hears[says]}" for judge, says in built.needs.items()) or "nobody judges"

@@ -137,7 +137,7 @@ class RunFolder:
     def _stream(self, stream: str) -> FileIO:
         file = self._streams.get(stream)
         if file is None:
-            self._lock()
+            self.hold()
             path = self.path / f"{stream}.jsonl"
             file = self._streams[stream] = FileIO(path, "a+")
             whole = _whole_bytes(path)
@@ -184,7 +184,7 @@ class RunFolder:
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a text document whole (recipe.yaml)."""
-        self._lock()
+        self.hold()
         path = self.path / name
         with full_disk(f"{path} could not be written", "Its earlier version is kept", self.path):
             replace_file(path, text.encode("utf-8", "backslashreplace"))
@@ -195,8 +195,11 @@ class RunFolder:
 
     # Lifetime -----------------------------------------------------------------------------------------------------
 
-    def _lock(self) -> None:
-        """Hold the run for writing until this process ends or `close`; file systems without locks are let through."""
+    def hold(self) -> None:
+        """Hold the folder for writing until this process ends or `close`; file systems without locks are let through.
+
+        Raises UsageError when another process writes it.
+        """
         if self._writer is not None:
             return
         writer = FileIO(self.path / ".writer", "a+")
@@ -253,6 +256,14 @@ def read(path: Path) -> list[dict[str, Any]]:
             raise OpdError(f"{path}:{number}: expected one JSON object a line, found {line[:60]!r}")
         records.append(record)
     return records
+
+
+def said_before(folder: Path) -> dict[tuple[str, str], list[tuple[str, bool]]]:
+    """What models answered to prompts, by (role, prompt id): text and whether it ended. They are not asked again."""
+    said: dict[tuple[str, str], list[tuple[str, bool]]] = {}
+    for row in read(folder / "answers.jsonl"):
+        said.setdefault((row["role"], row["prompt_id"]), []).append((row["response"], row["finished"]))
+    return said
 
 
 def read_json(path: Path) -> Any:

@@ -6,6 +6,7 @@
     push(credit, anchor, clip)    raise or lower the sampled token by its credit, inside a trust region
     nll()                         the sampled token is itself the target
     k3(judge)                     the papers' KL penalty, with the gradient it really has
+    layers(judge, pairs, kind)    pull the student's hidden states onto the judge's, through a map that learns
     learn(critic, objective)      a critic learns; its need of the teacher's text is derived like any other
 
     loss + loss, 0.1 * loss, loss.on(speaker), loss.where(gate), loss.per("sequence")
@@ -24,8 +25,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from opd import math
 from opd.anchors import Logp, behaviour, live
-from opd.divergences import Distance
+from opd.divergences import Distance, Divergence
 from opd.expression import Expression, Scope, Whole, union
+from opd.layered import Kind, Layers, Pairs
 from opd.schedule import Coefficient, Schedule
 from opd.types import Judge, Needs, Says
 
@@ -53,6 +55,9 @@ class Tile(Scope, Protocol):
     def distribution(self, judge: Judge, temperature: float) -> Tensor:
         """[n, V] the judge's."""
 
+    def top(self, judge: Judge, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        """[n, K] ids of the judge's `k` likeliest tokens, and their log-probabilities."""
+
     def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
         """The student's beside those of a judge with another tokenizer, span by span or place by place."""
 
@@ -71,7 +76,7 @@ class Match:
     def expressions(self) -> tuple[Expression, ...]:
         return ()
 
-    needs: ClassVar[Any] = property(lambda self: {self.judge: Says.DENSE})
+    needs: ClassVar[Any] = property(lambda self: {self.judge: self.divergence.asks})
 
     def __str__(self) -> str:
         return f"{self.divergence}({self.judge}, π)"
@@ -165,7 +170,7 @@ class Objective:
         return f"-log σ(D({self.good})) - log(1 - σ(D({self.bad}))){each}"
 
 
-Head = Match | Push | Nll | K3 | Learn
+Head = Match | Push | Nll | K3 | Layers | Learn
 
 
 # --- terms and their sum ----------------------------------------------------------------------------------------------
@@ -193,8 +198,8 @@ class Term:
     def reads(self) -> frozenset[str]:
         return frozenset().union(*(e.reads for e in self.expressions))
 
-    def at(self, tile: Tile) -> Tensor:
-        """[n] the term at each token, gates applied, not yet averaged."""
+    def at(self, tile: Any) -> Tensor:
+        """[n] the term at each token, gates applied, not yet averaged; the scope is what its head reads."""
         assert not isinstance(self.head, Learn), "a critic's objective has no value at the student's tokens"
         value = self.head.at(tile)
         for gate in self.gates:
@@ -221,6 +226,8 @@ class Term:
                 return "nll"
             case K3():
                 return f"k3_{head.judge.role}"
+            case Layers():
+                return f"layers_{head.judge.role}"
             case Learn():
                 return f"learn_{head.judge.role}"
 
@@ -252,6 +259,20 @@ class Loss:
     def reads(self) -> frozenset[str]:
         return frozenset().union(*(t.reads for t in self.terms))
 
+    def tops(self, judge: Judge) -> frozenset[tuple[int, float]]:
+        """How many of a judge's likeliest tokens terms compare that compare no others, and at what temperature."""
+        own = [t.head.divergence for t in self.terms if isinstance(t.head, Match) and t.head.judge == judge]
+        tops = [d for d in own if isinstance(d, Divergence) and d.asks is Says.TOP]
+        return frozenset((d.support.k, d.temperature) for d in tops if d.support is not None)
+
+    @property
+    def depths(self) -> dict[Judge, tuple[int, ...]]:
+        """The layers that are read of each judge."""
+        heads = [t.head for t in self.terms if isinstance(t.head, Layers)]
+        return {
+            j: tuple(sorted({d for h in heads if h.judge == j for _, d in h.pairs})) for j in {h.judge for h in heads}
+        }
+
     @property
     def token_terms(self) -> tuple[Term, ...]:
         return tuple(t for t in self.terms if not isinstance(t.head, Learn))
@@ -278,6 +299,8 @@ class Loss:
 
     def where(self, gate: Expression) -> Loss:
         """Multiply by a gate; gated tokens still count in the mean."""
+        if {"live", "old"} & gate.reads and any(isinstance(t.head, Layers) for t in self.terms):
+            raise ValueError(f"a term on hidden states has no probabilities to be gated by: {gate}")
         return self._each(lambda t: replace(t, gates=(*t.gates, gate)))
 
     def per(self, per: Per) -> Loss:
@@ -292,7 +315,7 @@ class Loss:
 
 
 def match(judge: Judge, divergence: Distance) -> Loss:
-    """Pull the student's distribution onto the judge's; needs DENSE."""
+    """Pull the student's distribution onto the judge's; needs DENSE, or TOP on a support of the judge's likeliest."""
     return Loss((Term(Match(judge, divergence)),))
 
 
@@ -309,6 +332,14 @@ def nll() -> Loss:
 def k3(judge: Judge) -> Loss:
     """The penalty that GRPO and GAD print as KL(student || reference). Its gradient is KL(reference || student)'s."""
     return Loss((Term(K3(judge)),))
+
+
+def layers(judge: Judge, pairs: Pairs, kind: Kind = "cosine", *, project: bool = True) -> Loss:
+    """Pull the student's hidden states onto the judge's, pair by pair of layers; needs LAYERS.
+
+    A pair is (the student's, the judge's): 0 the embeddings, n the states after layer n, -1 the last, after its norm.
+    """
+    return Loss((Term(Layers(judge, pairs, kind, project)),)) if pairs else Loss(())
 
 
 def learn(critic: Judge, objective: Objective) -> Loss:

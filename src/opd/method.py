@@ -149,6 +149,11 @@ class Method:
         return needs
 
     @property
+    def taught_by(self) -> str | None:
+        """The role whose text is an example to the student: not its own past self."""
+        return next((j.role for j, s in self.needs.items() if s is Says.TEXT and j != REFERENCE), None)
+
+    @property
     def on_policy(self) -> bool:
         return "student" in self.speaks.names
 
@@ -238,6 +243,15 @@ def describe(name: str, fn: Callable[..., Method]) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class Recorded:
+    """What a judge said once, of texts that do not change: how many likeliest tokens, and at what temperatures."""
+
+    k: int
+    top_temperature: float
+    temperature: float | None  # of the sampled tokens' log-probabilities; None: any
+
+
+@dataclass(frozen=True)
 class Setting:
     """What a recipe offers a method: what each role can say, and what else the loss may read."""
 
@@ -246,12 +260,14 @@ class Setting:
     responses: bool = False
     views: Mapping[str, str] = field(default_factory=lambda: dict.fromkeys(VIEWS, ""))  # name: what it still lacks
     truncated_sampling: str = ""  # e.g. "top_p = 0.9", when the sampled distribution is not the whole one
+    recorded: Mapping[str, Recorded] = field(default_factory=dict)  # roles that are not here to be asked again
+    temperature: float = 1.0  # that the student samples at
 
 
 def bind(method: Method, setting: Setting) -> None:
     """Refuse in a sentence each what cannot work, before any model loads. Raises `UsageError` with all problems."""
     name, problems = method.name or "this method", []
-    own = dict.fromkeys(("student", "reference", "ema"), Says.DENSE)
+    own = dict.fromkeys(("student", "reference", "ema"), Says.LAYERS)
     gives = {**own, "critic": Says.SCORE, **setting.roles}
     for judge, says in method.needs.items():
         if judge.view not in setting.views:
@@ -270,6 +286,8 @@ def bind(method: Method, setting: Setting) -> None:
         elif not _suffices(gives[judge.role], says):
             blends = method.speaks.blend is not None and method.speaks.blend[0] == judge.role
             problems.append(_too_weak(name, judge.role, gives[judge.role], says, blends))
+        elif says.by_token and judge.role in setting.recorded:
+            problems += _beyond_record(method, judge, says, setting)
     if "reward" in method.loss.reads and not setting.reward:
         problems.append(f"{name} reads the task's reward, and the recipe has none: add `reward: {{use: ...}}`")
     if "data" in method.speaks.names and not setting.responses:
@@ -297,7 +315,9 @@ def _suffices(gives: Says, asked: Says) -> bool:
 _SAYS = {
     Says.TEXT: "text only",
     Says.TOKEN: "log-probabilities of given tokens",
+    Says.TOP: "log-probabilities of its likeliest tokens and of given ones",
     Says.DENSE: "the whole next-token distribution",
+    Says.LAYERS: "hidden states of its layers",
     Says.SCORE: "a score of each answer",
 }
 
@@ -308,8 +328,38 @@ def _too_weak(method: str, role: str, gives: Says, says: Says, blends: bool) -> 
     remedy = "a teacher given as `model:`"
     if gives is Says.TEXT:
         remedy += ", or a method that learns from text alone: gad, seqkd"
+    elif gives is Says.TOP and says is Says.DENSE:
+        remedy += ", a record of its hidden states, or a divergence on the judge's own likeliest tokens"
     why = " to draw every token from a blend of it and the student" if blends else ""
     return f"{method} needs {_SAYS[says]} of `{role}`{why}, which gives {_SAYS[gives]}. Use {remedy}"
+
+
+def _beyond_record(method: Method, judge: Judge, says: Says, setting: Setting) -> list[str]:
+    """What a judge that spoke once did not say."""
+    name, role, record = method.name, judge.role, setting.recorded[judge.role]
+    if method.on_policy:
+        return [
+            f"{name} asks `{role}` of what the student says anew in every step, and the record holds what it said "
+            f"of texts that were there before: give `{role}` as `model:`, or choose a method whose speakers are data, "
+            "a teacher or the reference"
+        ]
+    if judge.view == RETOKENIZED:
+        return [f"{name} lets `{role}` read its own tokens, and a record is of the student's: give it as `model:`"]
+    problems = []
+    if record.temperature not in (None, setting.temperature):
+        problems.append(
+            f"the record of `{role}` holds its log-probabilities at temperature {record.temperature:g}, and "
+            f"speak.temperature is {setting.temperature:g}: record them anew, or speak at that temperature"
+        )
+    if says is Says.TOP and setting.roles[role] is Says.TOP:
+        for k, temperature in sorted(method.loss.tops(judge)):
+            if k > record.k or temperature != record.top_temperature:
+                problems.append(
+                    f"{name} compares the {k} likeliest tokens of `{role}` at temperature {temperature:g}, and "
+                    f"the record holds {record.k} at temperature {record.top_temperature:g}: record them anew with "
+                    f"`opd signals`"
+                )
+    return problems
 
 
 def _pushes_given_text(method: Method, setting: Setting) -> list[str]:

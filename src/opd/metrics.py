@@ -127,6 +127,19 @@ def repetition(text: str) -> float:
     return len(raw) / len(zlib.compress(raw, 9)) if raw else 1.0
 
 
+REFUSALS = (
+    "i cannot", "i can't", "i can not", "i am unable", "i'm unable", "i am not able", "i'm not able", "i won't",
+    "i will not", "i'm sorry", "i am sorry", "i apologize", "i apologise", "as an ai", "as a language model",
+)  # fmt: skip
+OPENING = 120  # characters in which a refusal is said
+
+
+def refuses(text: str) -> bool:
+    """Whether an answer opens with one of a few English phrases of refusal. "I'm sorry to hear that" is one too."""
+    opening = text[:OPENING].casefold().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'")
+    return any(phrase in opening for phrase in REFUSALS)
+
+
 class Histogram(NamedTuple):
     """`counts[i]` values lie in [edges[i], edges[i + 1]); the last bin has its upper edge too."""
 

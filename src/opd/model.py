@@ -9,7 +9,7 @@ Shapes: b rows of a micro-batch, L their longest length, m their loss tokens, H 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -118,11 +118,6 @@ class CausalModel:
     def backbone(self) -> nn.Module:
         return backbone(self.module)
 
-    @property
-    def room(self) -> int | None:
-        """Tokens that it holds, prompt and answer together, where its config says so."""
-        return getattr(getattr(self.module, "config", None), "max_position_embeddings", None)
-
     def autocast(self) -> AbstractContextManager[Any]:
         """Float32 master weights, products in `compute`."""
         if self.compute in (torch.float32, torch.float64):
@@ -143,24 +138,46 @@ class CausalModel:
         finally:
             self.module.eval()
 
-    def hidden(self, batch: Batch, rows: Sequence[int]) -> Tensor:
-        """[m, H] hidden states that predict the loss tokens of these rows; gradient as the caller's mode says."""
+    def states(self, batch: Batch, rows: Sequence[int], depths: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:
+        """[m, H] hidden states that predict the loss tokens of these rows, and those of the layers `depths`; gradient
+        as the caller's mode says."""
         at = lay_out(batch, rows, self.layout)
+        inner = {"output_hidden_states": True} if depths else {}
         with adapter(self.module, self.adapter), self.autocast(), self.recomputing():
-            out = self.backbone(**at.inputs, use_cache=False)
-        return at.pick(out.last_hidden_state)
+            out = self.backbone(**at.inputs, use_cache=False, **inner)
+        known = len(out.hidden_states) if depths else 0
+        if wrong := [d for d in depths if not -known <= d < known]:
+            raise UsageError(
+                f"layer {wrong[0]} of {self.name or 'the model'} is asked, and it has 0 (its embeddings) to "
+                f"{known - 1}, or counted from the end -1 to -{known}"
+            )
+        return at.pick(out.last_hidden_state), {d: at.pick(out.hidden_states[d]) for d in depths}
 
     @torch.no_grad()
-    def all_hidden(self, batch: Batch, tokens_per_pass: int = 32768) -> Tensor:
-        """[N, H] for every loss token, without gradient, in passes of its own size."""
-        out = torch.zeros(len(batch.row_N), self.head.weight.shape[1], dtype=self._dtype, device=self.device)
-        spoken = [r for r in range(len(batch.rollouts)) if batch.length_B[r]]
+    def all_states(
+        self, batch: Batch, depths: Sequence[int] = (), tokens_per_pass: int = 32768
+    ) -> tuple[Tensor, dict[int, Tensor]]:
+        """[N, H] for every loss token, of the last layer and of others, without gradient, in passes of its own size."""
+        width, spoken = self.head.weight.shape[1], [r for r in range(len(batch.rollouts)) if batch.length_B[r]]
+        make: Callable[[int], Tensor] = lambda width: torch.zeros(
+            len(batch.row_N), width, dtype=self.hidden_dtype, device=self.device
+        )
+        out_NH, inner = make(width), {depth: make(width) for depth in depths}
         for cut in micro_batches(batch, spoken, tokens_per_pass, self.layout):
-            out[flat_index(batch, cut)] = self.hidden(batch, cut).to(out.dtype)
-        return out
+            at_m = flat_index(batch, cut)
+            h_mH, own = self.states(batch, cut, depths)
+            out_NH[at_m] = h_mH.to(out_NH.dtype)
+            for depth, x_mH in own.items():
+                inner[depth][at_m] = x_mH.to(out_NH.dtype)
+        return out_NH, inner
+
+    def all_hidden(self, batch: Batch, tokens_per_pass: int = 32768) -> Tensor:
+        """[N, H] for every loss token, without gradient."""
+        return self.all_states(batch, (), tokens_per_pass)[0]
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def hidden_dtype(self) -> torch.dtype:
+        """What hidden states are kept in."""
         return self.head.weight.dtype if self.compute == torch.float32 else self.compute
 
     def frozen_copy(self, name: str) -> CausalModel:
@@ -374,10 +391,9 @@ def copy_adapter(module: nn.Module, source: str, name: str) -> str:
 def parameters(model: CausalModel) -> int:
     """Parameters that work on each token: embedding look-ups are free, the head counts, others' adapters do not."""
     table = base(model.module).get_input_embeddings()
-    embeddings = 0 if table is None else table.weight.numel()
     others = [f".{name}." for name in getattr(model.module, "peft_config", ()) if name != model.adapter]
-    own = (p.numel() for n, p in model.backbone.named_parameters() if not any(name in n for name in others))
-    return sum(own) - int(embeddings) + model.head.weight.numel()
+    own = sum(p.numel() for n, p in model.backbone.named_parameters() if not any(name in n for name in others))
+    return own - (0 if table is None else int(table.weight.numel())) + model.head.weight.numel()
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -24,6 +24,7 @@ SHOWN = {  # what a person looks at, in order, with a short name
     "score/mean": "critic's score of the student",
     "critic/accuracy": "critic tells them apart in",
     "kl/reverse_nats": "KL(student || teacher), nats",
+    "overlap/ratio": "likely tokens they share",
     "entropy/student_nats": "student entropy, nats",
     "length/student_tokens": "answer length, tokens",
     "length/ratio": "length, student / teacher",

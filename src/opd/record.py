@@ -22,9 +22,9 @@ from opd.log import RunFolder, full_disk, json_line
 from opd.method import CRITIC, EXPERT, Method
 from opd.metrics import length_only_accuracy
 from opd.model import CausalModel, adapter, parameters
-from opd.signals import Distribution, Score, Token
+from opd.signals import Distribution, Score, Token, TopK
 from opd.teachers import Teachers
-from opd.types import Judge, Rollout, Says
+from opd.types import Judge, Rollout
 
 
 def locked(chosen: recipe.Recipe, parts: Parts, base: Path, device: str, origin: Path | None) -> dict[str, Any]:
@@ -142,11 +142,12 @@ def samples(chosen: recipe.Recipe, teachers: Teachers, leg: Leg, batch: Batch, s
     if not rows:
         return
     part = batch.rows(rows)
-    role = next((j.role for j, s in leg.method.needs.items() if s is Says.TEXT), None)
+    role = leg.method.taught_by
     texts = teachers.texts(role, (r.prompt for r in part.rollouts)) if role else {}
     score = part.signals.get(CRITIC)
     judge = next(
-        (j for j, s in part.signals.items() if isinstance(s, Token | Distribution) and j.role != "reference"), None
+        (j for j, s in part.signals.items() if isinstance(s, Token | TopK | Distribution) and j.role != "reference"),
+        None,
     )
     gap_N = part.behaviour_N - part.judged(judge) if judge else None
     teacher_score: dict[str, float] = {}
@@ -194,7 +195,7 @@ def flops(
     if learning:
         total += 6 * own * _length(_counted(batch, method))
     for judge, says in method.needs.items():
-        if says in (Says.TOKEN, Says.DENSE):
+        if says.by_token:
             total += 2 * _asked(teachers, judge, batch)
     if method.speaks.blend is not None:  # the other half of a blend decodes along
         total += 2 * teachers.size(method.speaks.blend[0]) * _length(students)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from opd import recipe as recipes
 from opd.errors import UsageError
 from opd.lock import differences
-from opd.log import RunFolder, read_json
+from opd.log import RunFolder, read_json, said_before
 from opd.recipe import Recipe, Resolved
 
 if TYPE_CHECKING:
@@ -116,12 +116,11 @@ def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]
     import torch
 
     from opd.eval import evaluate
-    from opd.state import said_before
 
     if chosen.run.threads:
         torch.set_num_threads(chosen.run.threads)
     parts = assemble(chosen, found, base, device_of(chosen))
-    parts.teachers.heard.update(said_before(RunFolder.open(run)) if run else {})
+    parts.teachers.heard.update(said_before(RunFolder.open(run).path) if run else {})
     return evaluate(
         parts.student,
         parts.teachers,

@@ -5,14 +5,14 @@ Shapes: N loss tokens, n of a tile, M of one judge's rows, B rows, V vocabulary,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from opd.aligned import Retokenized
-from opd.head import Head, token_logp
+from opd.head import TILE, Head, tiles, token_logp
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,24 @@ class Token:
 
     def rows(self, at_N: Tensor, _rows_B: Tensor) -> Token:
         return Token(self.logp_N[at_N], _some(self.heard_N, at_N))
+
+
+@dataclass(frozen=True)
+class TopK:
+    """A judge's likeliest tokens at each loss token, likeliest first, and the sampled token's log-probability.
+
+    `top_NK` are at `temperature`, of the whole vocabulary; `logp_N` is at that of the rollouts.
+    """
+
+    logp_N: Tensor
+    ids_NK: Tensor
+    top_NK: Tensor
+    temperature: float = 1.0
+    heard_N: Tensor | None = None
+
+    def rows(self, at_N: Tensor, _rows_B: Tensor) -> TopK:
+        logp_N, ids_NK, top_NK = self.logp_N[at_N], self.ids_NK[at_N], self.top_NK[at_N]
+        return replace(self, logp_N=logp_N, ids_NK=ids_NK, top_NK=top_NK, heard_N=_some(self.heard_N, at_N))
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,27 @@ class Dense:
         """[N] of the sampled tokens."""
         return token_logp(self.head, self.hidden_NH, token_N, temperature)
 
+    def top(self, k: int, temperature: float, tile: int = TILE) -> tuple[Tensor, Tensor]:
+        """[N, K] the ids of the `k` likeliest tokens, likeliest first, and their log-probabilities; tile by tile."""
+        parts = []
+        for at in tiles(len(self.hidden_NH), tile):
+            logp_nV = (self.logits(at) / temperature).log_softmax(-1)
+            parts.append(logp_nV.topk(min(k, logp_nV.shape[1]), -1))
+        return torch.cat([p.indices for p in parts]), torch.cat([p.values for p in parts])
+
     def rows(self, at_N: Tensor, _rows_B: Tensor) -> Dense:
-        return Dense(self.hidden_NH[at_N], self.head, _some(self.heard_N, at_N))
+        return replace(self, hidden_NH=self.hidden_NH[at_N], heard_N=_some(self.heard_N, at_N))
+
+
+@dataclass(frozen=True)
+class Layered(Dense):
+    """A distribution, and the hidden states of some layers by their numbers, each [N, H]."""
+
+    inner: Mapping[int, Tensor] = field(default_factory=dict)
+
+    def rows(self, at_N: Tensor, rows_B: Tensor) -> Layered:
+        inner = {depth: h_NH[at_N] for depth, h_NH in self.inner.items()}
+        return replace(self, hidden_NH=self.hidden_NH[at_N], heard_N=_some(self.heard_N, at_N), inner=inner)
 
 
 class Shelf:
@@ -138,4 +175,4 @@ class Score:
 
 
 Distribution = Dense | Experts
-Signal = Token | Distribution | Score | Retokenized
+Signal = Token | TopK | Distribution | Score | Retokenized

@@ -16,7 +16,7 @@ from opd.credits import SpanRatio
 from opd.divergences import Divergence
 from opd.expression import Expression, Scaled, Sum
 from opd.loss import K3, Loss, Match, Push, Term
-from opd.types import RETOKENIZED, Judge
+from opd.types import RETOKENIZED, Judge, Says
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,6 +40,7 @@ class Hybrid:
     rest: float | None = None
     stop: bool = True
     unit: ClassVar[str] = "span"
+    asks: ClassVar[Says] = Says.DENSE
 
     @property
     def temperature(self) -> float:
@@ -74,6 +75,7 @@ class Ranked:
 
     temperature: float = 1.0
     unit: ClassVar[str] = "t"
+    asks: ClassVar[Says] = Says.DENSE
 
     def between(self, tile: Tile, judge: Judge) -> Tensor:
         """[n] at each token that has a partner."""

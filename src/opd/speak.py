@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opd.engines.base import Sampling
 from opd.errors import UsageError
@@ -39,10 +39,10 @@ def speak(
         if role == "student":
             continue
         asked = [i for i, who in enumerate(speakers) if role in who]
-        texts = teachers.texts(role, [prompts[i] for i in asked]) if role != "data" else {}
+        texts = given(role, [prompts[i] for i in asked], teachers, sampling)
         for i in asked:
             prompt = prompts[i]
-            choice = _responses(prompt, teachers, sampling) if role == "data" else texts[prompt.id]
+            choice = texts[prompt.id]
             if not choice:
                 raise UsageError(
                     f"{prompt.where or prompt.id}: `{role}` has no answer to this prompt, and is to speak to it"
@@ -86,6 +86,15 @@ def _students(
                 (i, renderer.spoken(prompt, ids[prompt.id], s.tokens, s.logp, s.finish, "student", k, student.version))
             )
     return out
+
+
+def given(
+    role: str, prompts: Sequence[Prompt], teachers: Teachers, sampling: Sampling
+) -> Mapping[str, Sequence[Rollout]]:
+    """All that a speaker other than the student may say to each prompt, by prompt id: it does not change."""
+    if role == "data":
+        return {p.id: _responses(p, teachers, sampling) for p in prompts}
+    return teachers.texts(role, prompts)
 
 
 def _responses(prompt: Prompt, teachers: Teachers, sampling: Sampling) -> list[Rollout]:

@@ -16,7 +16,7 @@ from opd.diagnose import Watchdog
 from opd.errors import OpdError
 from opd.legs import Leg
 from opd.lock import differences
-from opd.log import RunFolder, read
+from opd.log import RunFolder, said_before
 from opd.mixture import Mixture
 from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
@@ -105,7 +105,7 @@ def save(run: Run) -> None:
     own = dict(trained(module))
     tensors: dict[str, Weights] = {
         "student": own,
-        "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, own),
+        "student_optimizer": checkpoint.optimizer_tensors(run.student.optimizer, run.student.learned),
         "random": checkpoint.random_tensors(),
     }
     for critic in run.critic.members if run.critic else ():
@@ -115,6 +115,8 @@ def save(run: Run) -> None:
             tensors[f"{critic.model.name}_optimizer"] = checkpoint.optimizer_tensors(critic.optimizer, learned)
     if run.replay.steps:
         tensors["replay"] = replay.tensors(run.replay)
+    if maps := run.student.trainee.projectors.state_dict():
+        tensors["projectors"] = maps
     reference = run.parts.teachers.reference
     if reference is not None:
         tensors["reference"] = _own_weights(reference)
@@ -155,7 +157,7 @@ def restore(run: Run, locked: Mapping[str, Any]) -> None:
         run.watchdog = Watchdog(**run.at.watchdog)
         _restore_models(run, tensors, str(place))
         checkpoint.restore_random(tensors["random"])
-    run.parts.teachers.heard.update(said_before(run.folder))
+    run.parts.teachers.heard.update(said_before(run.folder.path))
     run.folder.event(run.at.step, "resume", f"went on from step {run.at.step}")
     for note in notes:
         run.folder.event(run.at.step, "note", note)
@@ -165,8 +167,9 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
     module, teachers = run.student.model.module, run.parts.teachers
     load_weights(module, tensors["student"], place)
     run.student.version = run.at.version
+    run.student.trainee.projectors.take(tensors.get("projectors", {}), run.student.like)
     run.student.fresh_optimizer(optim(run.leg.stage.train))
-    checkpoint.restore_optimizer(run.student.optimizer, dict(trained(module)), tensors["student_optimizer"])
+    checkpoint.restore_optimizer(run.student.optimizer, run.student.learned, tensors["student_optimizer"])
     for role in ("reference", "ema"):
         if role in tensors:
             copy = run.student.model.frozen_copy(role)
@@ -182,14 +185,6 @@ def _restore_models(run: Run, tensors: Mapping[str, Weights], place: str) -> Non
                 checkpoint.restore_optimizer(critic.optimizer, dict(trained(learner)), tensors[f"{name}_optimizer"])
             critic.steps = run.at.critic_steps
     run.replay = replay.from_tensors(run.recipe.critic.replay, tensors.get("replay", {}))
-
-
-def said_before(folder: RunFolder) -> dict[tuple[str, str], list[tuple[str, bool]]]:
-    """What teachers in this process answered earlier in the run: they are not asked again."""
-    said: dict[tuple[str, str], list[tuple[str, bool]]] = {}
-    for row in read(folder.path / "answers.jsonl"):
-        said.setdefault((row["role"], row["prompt_id"]), []).append((row["response"], row["finished"]))
-    return said
 
 
 def begin_from(run: Run, origin: Path) -> None:

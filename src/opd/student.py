@@ -13,16 +13,19 @@ from math import isfinite
 import torch
 from torch import Tensor, nn
 
+from opd import math
 from opd.aligned import Crossed, Pairing, SpanDense
 from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
 from opd.expression import Expression
 from opd.head import TILE, tiled_loss, token_logp
+from opd.layered import Layers
 from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
 from opd.observe import observe
-from opd.signals import Distribution
-from opd.tally import Tally
+from opd.projector import Beside, Projectors
+from opd.signals import Distribution, TopK
+from opd.tally import Tally, over_updates
 from opd.types import Judge
 
 
@@ -35,6 +38,13 @@ class TileScope:
         self._student: dict[float, Tensor] = {}
         self._judges: dict[tuple[Judge, float], Tensor] = {}
         self._crossed: dict[tuple[Judge, float, Pairing], Crossed] = {}
+
+    def only(self, keep_m: Tensor) -> TileScope:
+        """The tile of some of its tokens, without gradient."""
+        part = TileScope(self.logits_nV.detach()[keep_m], self.batch, self.prepared, self.at[keep_m])
+        part._student = {key: logp_nV.detach()[keep_m] for key, logp_nV in self._student.items()}
+        part._judges = {key: logp_nV[keep_m] for key, logp_nV in self._judges.items()}
+        return part
 
     def student(self, temperature: float) -> Tensor:
         if temperature not in self._student:
@@ -50,6 +60,14 @@ class TileScope:
             z_nV = signal.logits(self.at).to(self.logits_nV.dtype)
             self._judges[key] = (z_nV if temperature == 1 else z_nV / temperature).log_softmax(-1)
         return self._judges[key]
+
+    def top(self, judge: Judge, k: int, temperature: float) -> tuple[Tensor, Tensor]:
+        signal = self.batch.signals[judge]
+        if not isinstance(signal, TopK):
+            return math.support.top(self.distribution(judge, temperature), k)
+        assert signal.temperature == temperature and signal.ids_NK.shape[1] >= min(k, self.logits_nV.shape[1])
+        ids_nK, logp_nK = signal.ids_NK[self.at, :k], signal.top_NK[self.at, :k]
+        return ids_nK, logp_nK.to(self.logits_nV.dtype)
 
     def crossed(self, judge: Judge, temperature: float, by: Pairing) -> Crossed:
         key = (judge, temperature, by)
@@ -124,6 +142,8 @@ def measure(loss: Loss, tile: TileScope, prepared: Prepared, tally: Tally) -> Te
     """The weighted loss of a tile (a scalar with gradient), its terms and what else is seen there added to `tally`."""
     total = tile.logits_nV.new_zeros(())
     for k, term in enumerate(loss.token_terms):
+        if isinstance(term.head, Layers):
+            continue  # (stands beside the tiles)
         weight_n = prepared.weight_KN[k, tile.at]
         part = (weight_n * term.at(tile)).sum()
         total = total + part
@@ -139,13 +159,17 @@ class Trainee(nn.Module):
     def __init__(self, model: CausalModel) -> None:
         super().__init__()
         self.module = model.module
+        self.projectors = Projectors()
         self.model = model
 
-    def forward(self, batch: Batch, rows: Sequence[int], value: Callable[[slice, Tensor], Tensor], tile: int) -> Tensor:
-        h_mH = self.model.hidden(batch, rows)
-        joined_m = batch.joined_N[flat_index(batch, rows)]
+    def forward(
+        self, rows: Sequence[int], value: Callable[[slice, Tensor], Tensor], tile: int, beside: Beside
+    ) -> Tensor:
+        batch, depths, at_m = beside.batch, beside.depths, flat_index(beside.batch, rows)
+        h_mH, inner = self.model.states(batch, rows, depths)
         with self.model.autocast():
-            return tiled_loss(self.model.head, h_mH, value, tile, joined_m)
+            total = tiled_loss(self.model.head, h_mH, value, tile, batch.joined_N[at_m])
+            return total + beside.value(inner, self.projectors, at_m) if depths else total
 
 
 @dataclass
@@ -165,7 +189,27 @@ class Student:
     def fresh_optimizer(self, optim: Optim | None = None) -> None:
         """Start the moments anew, with other settings if given."""
         self.optim = optim or self.optim
-        self.optimizer = adamw(self.model.module, self.optim)
+        self.optimizer = adamw(self.trainee, self.optim)
+
+    @property
+    def learned(self) -> dict[str, nn.Parameter]:
+        """What the optimizer holds, by name: the model's own, and the maps to judges' layers."""
+        maps = {f"projectors.{name}": p for name, p in self.trainee.projectors.named_parameters()}
+        return dict(trained(self.model.module)) | maps
+
+    @property
+    def like(self) -> Tensor:
+        """An empty tensor of the device and the type of what learns: float32 at least."""
+        weight = self.model.head.weight
+        return weight.new_zeros((), dtype=torch.promote_types(weight.dtype, torch.float32))
+
+    def _fit(self, loss: Loss, batch: Batch) -> None:
+        """The maps that a loss asks, of the widths that its signals have, under the optimizer."""
+        if self.trainee.projectors.fit(loss, batch, self.model.head.weight.shape[1], self.like):
+            moments = self.optimizer.state
+            self.optimizer = adamw(self.trainee, self.optim)
+            held = {p for group in self.optimizer.param_groups for p in group["params"]}
+            self.optimizer.state.update({p: state for p, state in moments.items() if p in held})
 
     @torch.no_grad()
     def logp(self, batch: Batch) -> Tensor:
@@ -176,10 +220,12 @@ class Student:
 
     def gradient(self, batch: Batch, loss: Loss, step: int = 0, total: Total | None = None) -> dict[str, float]:
         """Add one optimizer batch's gradient to `.grad`; returns the loss, its terms and diagnostics."""
+        self._fit(loss, batch)
         live = self.logp(batch) if needs_pass(loss, batch.old_N is not None) else None
         prepared = prepare(loss, batch, step, live, total)
         counted = set(batch.row_N[prepared.live_rows].tolist())
         tally = Tally()
+        beside = Beside(loss, batch, prepared, tally)
         for name, values in prepared.measures.items():
             tally.mean(name, values)
         for cut in self._cuts(batch, sorted(counted)):
@@ -188,12 +234,12 @@ class Student:
             def value(at: slice, logits_nV: Tensor, at_m: Tensor = at_m) -> Tensor:
                 return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, tally)
 
-            self.trainee(batch, cut, value, self.optim.tile).backward()
+            self.trainee(cut, value, self.optim.tile, beside).backward()
         for alignment in batch.alignments.values() if counted else ():
             for name, x_N in alignment.seen().items():
                 tally.mean(name, x_N)
         if total is not None and not counted:  # a rank without rows of its own still takes part in every sum
-            for _, p in trained(self.model.module):
+            for _, p in trained(self.trainee):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         stats = tally.result(total)
         if stats:
@@ -222,10 +268,12 @@ class Student:
                 one = self.gradient(batch if len(parts) == 1 else batch.rows(part), loss, step, total)
                 if "loss/total" not in one:
                     continue
-                one["grad/norm"] = guarded_step(self.model.module, self.optimizer, optim.clip, lr, one, total)
+                if stats and batch.old_N is None:  # the student has moved: what differs is not the sampler alone
+                    one = {k: v for k, v in one.items() if not k.startswith("mismatch/")}
+                one["grad/norm"] = guarded_step(self.trainee, self.optimizer, optim.clip, lr, one, total)
                 stats.append(one)
         self.version += bool(stats)
-        return {k: sum(s.get(k, 0.0) for s in stats) / len(stats) for k in (stats[0] if stats else {})}
+        return over_updates(stats)
 
 
 def whole_groups(batch: Batch, parts: int) -> list[list[int]]:
@@ -254,7 +302,7 @@ def guarded_step(
     What should learn is what the optimizer holds, not what `requires_grad` says now: leaving an adapter moves that.
     """
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    named = [(n, p) for n, p in module.named_parameters() if id(p) in held]
+    named = [(n.removeprefix("module."), p) for n, p in module.named_parameters() if id(p) in held]
     silent = [n for n, p in named if p.grad is None]
     if silent:
         raise OpdError(

@@ -10,12 +10,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from opd import retokenize
 from opd.batch import Batch
+from opd.cache import Cache
 from opd.cast import Cast, carried, carried_head
 from opd.chat import Renderer
 from opd.critic import Critics, Pairs, pair_up
@@ -28,9 +30,11 @@ from opd.head import Head, token_logp
 from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
-from opd.signals import Dense, Experts, Score, Shelf, Signal, Token
+from opd.signals import Dense, Experts, Layered, Score, Shelf, Signal, Token
 from opd.types import RETOKENIZED, Judge, Needs, Prompt, Rollout, Says
 from opd.views import SAME, View, reread
+
+Depths = Mapping[Judge, Sequence[int]]
 
 
 @dataclass
@@ -49,6 +53,7 @@ class Teachers:
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
     rooms: Mapping[str, int] = field(default_factory=dict)  # tokens that a role's model can hold, where it says so
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
+    caches: Mapping[str, Cache] = field(default_factory=dict)  # of judges that said once what they say
     critic: Critics | None = None
     stage: str = ""  # the one that runs: the reference is of its start
     sampling: Sampling = field(default_factory=lambda: Sampling(max_tokens=512))
@@ -74,6 +79,8 @@ class Teachers:
 
     def size(self, role: str) -> int:
         """Parameters of a role that work on each token, without loading a model that has left."""
+        if role in self.caches:
+            return 0
         return self.cast.size(role) if role in self.cast else parameters(self.model(role))
 
     def blend(self, chosen: tuple[str, float] | None) -> Blend | None:
@@ -111,7 +118,7 @@ class Teachers:
         """Text as rollouts with canonical ids, whether it was recorded or sampled here."""
         given, limit = self.renderer.given, self.sampling.max_tokens
         recorded = [(text, True) for text in self.answers.get(role, {}).get(prompt.id, ())]
-        said = self.heard[self._name(role), prompt.id] if self._speaks_here(role) else recorded
+        said = self.heard.get((self._name(role), prompt.id), recorded)
         return tuple(given(prompt, text, role, k, finished=end, max_tokens=limit) for k, (text, end) in enumerate(said))
 
     def _ask(self, role: str, prompts: Sequence[Prompt]) -> None:
@@ -152,23 +159,28 @@ class Teachers:
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 
-    def hear(self, batch: Batch, needs: Needs) -> Batch:
-        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere."""
+    def hear(self, batch: Batch, needs: Needs, depths: Depths = MappingProxyType({})) -> Batch:
+        """The batch with a signal of every judge that is asked for more than text. No gradient anywhere.
+
+        `depths` are the layers that are asked of judges that say LAYERS.
+        """
         signals: dict[Judge, Signal] = dict(batch.signals)
         for judge, says in needs.items():
             if says is Says.SCORE:
                 signals[judge] = Score(self.scores(batch))
             elif says is not Says.TEXT:
-                signals[judge] = self._listen(judge, batch, says)
+                signals[judge] = self.hear_one(judge, batch, says, depths.get(judge, ()))
         return replace(batch, signals=signals)
 
-    def _listen(self, judge: Judge, batch: Batch, says: Says) -> Signal:
+    def hear_one(self, judge: Judge, batch: Batch, says: Says, depths: Sequence[int] = ()) -> Signal:
         """One judge about every row that its view exists for, each row by the model that it is for."""
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
             return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
-        whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
-        seen, shown_B = self._seen(batch, judge.view, whose)
+        seen, shown_B = self.seen(batch, judge)
+        if judge.role in self.caches:
+            return self.caches[judge.role].hear(seen, shown_B, judge.view, says)
+        whose = _whose(judge, batch)
         asked = [b for b in range(len(whose)) if shown_B[b] and batch.length_B[b]]
         rows = {role: [b for b in asked if whose[b] == role] for role in dict.fromkeys(whose[b] for b in asked)}
         everything = bool(shown_B.all())
@@ -179,6 +191,13 @@ class Teachers:
                 part = seen if len(mine) == len(whose) else seen.rows(mine)
                 logp_N[flat_index(batch, mine)] = self._token_logp(role, part).to(logp_N)
             return Token(logp_N, heard_N)
+        if says is Says.LAYERS:
+            model, mine = self.model(judge.role), [b for b in range(len(whose)) if shown_B[b]]
+            h_MH, inner = model.all_states(seen.rows(mine), depths)
+            spread: Callable[[Tensor], Tensor] = lambda x_MH: x_MH.new_zeros(len(seen.row_N), x_MH.shape[1]).index_copy(
+                0, flat_index(seen, mine), x_MH
+            )
+            return Layered(spread(h_MH), self._head(judge.role), heard_N, {d: spread(x) for d, x in inner.items()})
         if not rows:  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
@@ -225,15 +244,15 @@ class Teachers:
         shelf = Shelf([heads[role] for role in rows], seen.row_N.device)
         return Experts(judge_N, place_N, tuple(hidden[role] for role in rows), shelf, heard_N)
 
-    def _seen(self, batch: Batch, name: str, whose: Sequence[str]) -> tuple[Batch, Tensor]:
-        """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B].
+    def seen(self, batch: Batch, judge: Judge) -> tuple[Batch, Tensor]:
+        """The batch as a judge sees it, the same loss tokens after other prompts; and for which rows that exists [B].
 
         A row that its judge cannot hold is not seen either.
         """
         shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
-        if name == SAME:
+        if judge.view == SAME:
             return batch, shown_B
-        view, rows = self.views[name], list(batch.rollouts)
+        view, rows, whose = self.views[judge.view], list(batch.rollouts), _whose(judge, batch)
         for b, rollout in enumerate(batch.rollouts):
             prompt = view.of(rollout.prompt, rollout.hint)
             row = None if prompt is None else reread(rollout, self.renderer.prompt_ids(prompt))
@@ -270,6 +289,11 @@ class Teachers:
         answers = self.texts(good, (r.prompt for r in students))
         canonical = {i: [self.renderer.canonical(t) for t in texts] for i, texts in answers.items()}
         return pair_up(canonical, students)
+
+
+def _whose(judge: Judge, batch: Batch) -> list[str]:
+    """Who judges each row."""
+    return [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
 
 
 def speak_with(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from opd import best, record, snapshot, state
+from opd import best, record, snapshot, state, texts
 from opd import rewards as scoring
 from opd.assemble import assemble, device_of, optim
 from opd.batch import Batch, pack
@@ -216,7 +216,7 @@ def _one(run: Run, steps: int) -> str | None:
         model = run.student.model
         dtype = torch.float64 if model.compute == torch.float64 else torch.float32
         batch = pack(rollouts, temperature=leg.sampling.temperature, device=model.device, dtype=dtype)
-        batch = teachers.hear(batch, leg.method.needs)
+        batch = teachers.hear(batch, leg.method.needs, leg.method.loss.depths)
         clock.append(time.perf_counter())
         stats = {} if waits else _learn(run, batch, learning_rate(leg, at.leg_step, steps))
         stats |= _teach_critic(run, rollouts, behind=behind, ahead=ahead)
@@ -227,6 +227,8 @@ def _one(run: Run, steps: int) -> str | None:
     at.version = run.student.version
     at.critic_steps = run.critic.steps if run.critic else 0
     stats |= record.describe(batch, leg.method, spoken)
+    shown = {judge.view for judge in leg.method.needs} & teachers.views.keys()
+    stats |= texts.described(rollouts, [teachers.views[name] for name in sorted(shown)])
     at.generated += int(stats["tokens/generated"])
     if not waits:
         at.learned += int(stats["tokens/trained"])

@@ -1,7 +1,8 @@
 """The frozen data that everything else passes around. No torch here: the command line starts without it.
 
 Vocabulary: a *prompt* is what is asked; a *rollout* is what one speaker said to it; a *judge* is a role (who)
-with a view (what it sees); a judge *says* text, a token's log-probability, a distribution, or a score.
+with a view (what it sees); a judge *says* text, a token's log-probability, its likeliest tokens, a distribution, the
+states of its layers, or a score.
 """
 
 from __future__ import annotations
@@ -18,12 +19,20 @@ Finish = Literal["stop", "length", "given"]
 
 
 class Says(IntEnum):
-    """What a loss needs from a judge. TEXT < TOKEN < DENSE, each weakens to the one before; SCORE stands apart."""
+    """What a loss needs from a judge. TEXT < TOKEN < TOP < DENSE < LAYERS, each weakens to the one before; SCORE stands
+    apart."""
 
     TEXT = 0  # it speaks: an answer to the prompt
     TOKEN = 1  # natural-log probability of the sampled token
-    DENSE = 2  # the whole next-token distribution, however it travels
+    TOP = 2  # those of its k likeliest tokens too
+    DENSE = 3  # the whole next-token distribution, however it travels
+    LAYERS = 4  # the hidden states of its layers too
     SCORE = 10  # one number per rollout, from a critic that learns
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it is said of each token, so that tokenizers must agree."""
+        return Says.TEXT < self < Says.SCORE
 
 
 RETOKENIZED = "retokenized"  # a view: the same text in the judge's own tokens, behind its own rendering of the prompt

@@ -17,7 +17,7 @@ from opd.model import CausalModel
 
 
 class Table(nn.Module):
-    """Hidden states are rows of the table: state = (position, token)."""
+    """Hidden states are rows of the table: state = (position, token). The layer below is made of them."""
 
     def __init__(self, positions: int, vocab: int, generator: torch.Generator | None, dtype: torch.dtype) -> None:
         super().__init__()
@@ -28,7 +28,8 @@ class Table(nn.Module):
         self.logits_SV = nn.Parameter(logits)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, **_: Any) -> SimpleNamespace:
-        return SimpleNamespace(last_hidden_state=self.logits_SV[position_ids * self.vocab + input_ids])
+        h_bLV = self.logits_SV[position_ids * self.vocab + input_ids]
+        return SimpleNamespace(last_hidden_state=h_bLV, hidden_states=(h_bLV.tanh(), h_bLV))
 
 
 class TableLM(nn.Module):

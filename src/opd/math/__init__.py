@@ -7,9 +7,9 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from opd.math import align, credit, divergence, support, trust
+    from opd.math import agreement, align, credit, divergence, states, support, trust
 
-__all__ = ["align", "credit", "divergence", "support", "trust"]
+__all__ = ["agreement", "align", "credit", "divergence", "states", "support", "trust"]
 
 
 def __getattr__(name: str) -> ModuleType:

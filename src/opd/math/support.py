@@ -36,6 +36,25 @@ def cut(s_nV: Tensor, t_nV: Tensor, *, whose: Whose, k: int, rest: Rest) -> tupl
     if again_nK is not None:
         kept = [x_nK.masked_fill(again_nK, NOWHERE) for x_nK in kept]
     s_nK, t_nK = kept
+    return close(s_nK, t_nK, rest)
+
+
+def top(logp_nV: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The ids of the `k` likeliest tokens [n, K] and their log-probabilities; of all of them, in their own order."""
+    if k >= logp_nV.shape[-1]:
+        return torch.arange(logp_nV.shape[-1], device=logp_nV.device).expand(logp_nV.shape), logp_nV
+    logp_nK, ids_nK = logp_nV.topk(k, -1)
+    return ids_nK, logp_nK
+
+
+def cut_at(s_nV: Tensor, ids_nK: Tensor, t_nK: Tensor, rest: Rest) -> tuple[Tensor, Tensor]:
+    """As `cut`, where of the teacher only its likeliest tokens are known: their ids and log-probabilities."""
+    s_nK = s_nV.gather(-1, ids_nK)
+    return (s_nK, t_nK) if t_nK.shape[-1] >= s_nV.shape[-1] else close(s_nK, t_nK, rest)
+
+
+def close(s_nK: Tensor, t_nK: Tensor, rest: Rest) -> tuple[Tensor, Tensor]:
+    """Both sides on what is kept, with what `rest` makes of the others' mass."""
     match rest:
         case "dropped":
             return s_nK, t_nK

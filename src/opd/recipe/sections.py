@@ -90,7 +90,9 @@ class Teacher(Section):
     stage: str | None = says("the student as it was at the end of this earlier stage, or `initial`", None)
     answers: str | None = says("a JSONL or parquet file of recorded answers: text only", None)
     url: str | None = says("an OpenAI-compatible endpoint", None)
-    cache: str | None = says("a folder of recorded scores", None)
+    cache: str | None = says(
+        "a folder of what this teacher said of texts that do not change: `opd signals` makes it", None
+    )
     samples: Count = says("answers that a model gives to each prompt, where its text is read", 1)
     beams: Count = says("above 1: its text is the likeliest that so many beams find, instead of sampled", 1)
     resident: bool = says("stays in memory; false: loaded when asked, and one such teacher at a time", True)

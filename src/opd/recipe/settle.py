@@ -28,7 +28,6 @@ _STARTS: Final = ("previous", "initial")
 _HOMES: Final = ("model", "stage", "answers", "url", "cache")
 _LATER: Final = {
     "url": "is an endpoint, and teachers are not asked over the network yet. Record answers in a file: `answers`.",
-    "cache": "is a folder of scores, and recorded scores are not read yet. Give the teacher as `model`.",
 }
 
 

@@ -8,11 +8,17 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from opd.report import lights
+from opd.report.places import by_place, octaves
 from opd.report.run import Estimate, Points, Run
 from opd.report.svg import DASHES, Boundary, Mark, MarkKind, Series, line_chart, swatch
 
 MARKS: dict[str, MarkKind] = {"warning": "warning", "best": "best", "resume": "resume", "stop": "stop"}
 MARKS_PER_RUN = 16
+AREAS = ("loss/", "reward/", "gate/", "position/")  # drawn by what there is
+PLACES = (
+    ("position/kl_nats_from_{}", "KL by place in the answer", "nats; x: from token 1, 2, 4, ...", False),
+    ("position/overlap_from_{}", "Overlap by place in the answer", "x: from token 1, 2, 4, ...", True),
+)
 MAIN = ("accuracy", "accuracy_sampled", "dev_score")  # evaluations shown first, beside the headline and its domains
 
 
@@ -70,15 +76,68 @@ KNOWN: dict[str, tuple[Spec, ...]] = {
             healthy=(0.0, lights.DEGENERATE),
         ),
     ),
-    "Distance and entropy": (
-        Spec("Reverse KL", (("kl/reverse_nats", "KL(student || teacher)"),), "nats a token, on the samples"),
-        Spec("Forward KL", (("kl/forward_nats", "KL(teacher || student)"),), "nats a token"),
-        Spec("KL to the reference", (("kl/reference_nats", "KL"),), "nats a token"),
-        Spec("Entropy", (("entropy/student_nats", "student"), ("entropy/teacher_nats", "teacher")), "nats a token"),
-        Spec("Ratio", (("ratio/mean", "mean"),), "live over anchor probability"),
-        Spec("Clipped ratios", (("ratio/clipped_share", "share"),), percent=True),
+    "Teacher and student": (
+        Spec(
+            "KL",
+            (("kl/reverse_nats", "KL(student || teacher)"), ("kl/forward_nats", "KL(teacher || student)")),
+            "nats a token",
+        ),
+        Spec(
+            "Overlap of likely tokens",
+            (
+                ("overlap/ratio", "shared of the top 16"),
+                ("overlap/student_mass", "student's mass on them"),
+                ("overlap/teacher_mass", "teacher's"),
+            ),
+            percent=True,
+        ),
+        Spec("Overlap advantage", (("overlap/advantage_nats", "mean"),), "nats a shared token; 0 is agreement"),
+        Spec(
+            "Entropy",
+            (
+                ("entropy/student_nats", "student"),
+                ("entropy/teacher_nats", "teacher"),
+                ("entropy/gap_nats", "gap, token by token"),
+            ),
+            "nats a token",
+        ),
+        Spec(
+            "What only the judge was shown",
+            (("leak/certain_share", "tokens only it can know"), ("leak/copied_share", "said by the student")),
+            percent=True,
+        ),
     ),
-    "Answers": (
+    "Trust and gates": (
+        Spec("KL to the reference", (("kl/reference_nats", "KL"),), "nats a token"),
+        Spec("Ratio", (("ratio/mean", "mean"),), "live over anchor probability"),
+        Spec(
+            "Stopped by the clip",
+            (
+                ("ratio/clipped_share", "of all tokens"),
+                ("clip/positive_stopped_share", "of those to be raised"),
+                ("clip/negative_stopped_share", "of those to be lowered"),
+            ),
+            percent=True,
+        ),
+        Spec(
+            "Ratios outside the clip",
+            (("clip/above_share", "above"), ("clip/below_share", "below")),
+            percent=True,
+        ),
+        Spec(
+            "Sampler and trainer",
+            (("mismatch/mean_nats", "mean"), ("mismatch/nats_max", "largest")),
+            "|log μ - log π_old|, nats",
+        ),
+        Spec(
+            "Sampler and trainer apart",
+            (("mismatch/outside_share", "tokens"),),
+            "probability twice or half",
+            percent=True,
+            healthy=(0.0, lights.MISMATCH),
+        ),
+    ),
+    "Text": (
         Spec(
             "Length", (("length/student_tokens", "student"), ("length/teacher_tokens", "teacher")), "tokens an answer"
         ),
@@ -89,6 +148,13 @@ KNOWN: dict[str, tuple[Spec, ...]] = {
             "answers cut at the limit",
             percent=True,
             healthy=(0.0, lights.TRUNCATED),
+        ),
+        Spec("Compression", (("text/repetition", "mean"),), "bytes over compressed bytes of an answer"),
+        Spec(
+            "Repeating and refusing",
+            (("text/repeating_share", "compress tenfold"), ("text/refusal_share", "refuse")),
+            "answers",
+            percent=True,
         ),
     ),
     "Loss and optimisation": (
@@ -119,11 +185,13 @@ def groups(runs: Sequence[Run], detail: int) -> dict[str, list[Chart]]:
     out = {"Outcome": outcome}
     for title, specs in KNOWN.items():
         out[title] = [chart for spec in specs if (chart := _chart(spec, runs, frame))]
-    out["Reward and critic"] += _rest(runs, frame, "reward/")
+    out["Reward and critic"] += _rest(runs, frame, "reward/", "Reward")
+    out["Teacher and student"] += _places(runs)
+    out["Trust and gates"] += _rest(runs, frame, "gate/", "Open", percent=True)
     out["Loss and optimisation"] = _losses(runs, frame) + out["Loss and optimisation"]
     known = {key for specs in KNOWN.values() for spec in specs for key, _ in spec.keys}
     others = dict.fromkeys(key for run in runs for key in (*run.keys, *run.perf_keys))
-    rest = [key for key in others if key not in known and not key.startswith(("loss/", "reward/"))]
+    rest = [key for key in others if key not in known and not key.startswith(AREAS)]
     out["More of the evaluation"] = more
     out["Other"] = [chart for key in rest if (chart := _chart(Spec(key, ((key, key),)), runs, frame))]
     return {title: charts for title, charts in out.items() if charts}
@@ -218,11 +286,27 @@ def _losses(runs: Sequence[Run], frame: _Frame) -> list[Chart]:
     return [chart for spec in specs if (chart := _chart(spec, runs, frame))]
 
 
-def _rest(runs: Sequence[Run], frame: _Frame, area: str) -> list[Chart]:
+def _rest(runs: Sequence[Run], frame: _Frame, area: str, title: str, percent: bool = False) -> list[Chart]:
     drawn = {key for specs in KNOWN.values() for spec in specs for key, _ in spec.keys}
     keys = dict.fromkeys(key for run in runs for key in run.keys if key.startswith(area) and key not in drawn)
-    specs = [Spec(f"Reward: {key.removeprefix(area)}", ((key, key.removeprefix(area)),)) for key in keys]
+    names = {key: key.removeprefix(area).removesuffix("_open_share") for key in keys}
+    specs = [Spec(f"{title}: {name}", ((key, name),), percent=percent) for key, name in names.items()]
     return [chart for spec in specs if (chart := _chart(spec, runs, frame))]
+
+
+def _places(runs: Sequence[Run]) -> list[Chart]:
+    """What was measured by place in the answer."""
+    charts = []
+    for name, title, words, percent in PLACES:
+        starts = sorted({start for run in runs for start in octaves(run, name)})
+        series = by_place(runs, name, starts) if len(starts) > 1 else []
+        if series:
+            names, steps = [str(start) for start in starts], (0.0, float(len(starts) - 1))
+            svg = line_chart(series, title=title, steps=steps, percent=percent, places=names)
+            legend = [Key(swatch(s.colour, s.dash, s.shade), s.name) for s in series] if len(runs) == 1 else []
+            when = "" if len(runs) == 1 else "; the last quarter of each"
+            charts.append(Chart(title, words + when, svg, tuple(legend)))
+    return charts
 
 
 def is_share(name: str) -> bool:

@@ -22,6 +22,7 @@ from opd.report.excerpt import excerpt
 from opd.report.lights import lights
 from opd.report.run import Run, load
 from opd.report.svg import COLOURS, number, swatch, visible
+from opd.report.verdict import Verdict, verdict
 
 LIMIT = 1_000_000  # bytes of the page
 QUALITY = ((500_000, 150), (250_000, 150), (120_000, 80), (40_000, 50), (0, 20))  # (bytes of samples, points a curve)
@@ -40,6 +41,11 @@ def render(runs: Sequence[Path], out: Path) -> Path:
     out.parent.mkdir(parents=True, exist_ok=True)
     replace_file(out, html(loaded).encode("utf-8", "replace"))
     return out
+
+
+def judged(run: Path) -> Verdict:
+    """Whether a run is learning, and if not, why. Raises UsageError where the path is not a run folder."""
+    return verdict(load(run))
 
 
 def html(runs: Sequence[Run]) -> str:
@@ -81,7 +87,8 @@ def _view(run: Run, index: int) -> dict[str, Any]:
         "swatch": swatch(index % COLOURS),
         "badge": summary.badge(run),
         "status_words": summary.status_words(run),
-        "verdict": summary.verdict(run),
+        "outcome": summary.outcome(run),
+        "verdict": verdict(run),
         "method": run.method,
         "student": summary.model_words(run.plan.get("student") or run.recipe.get("student")),
         "teachers": summary.teacher_words(run),

@@ -238,7 +238,9 @@
       });
       const nearest = curves.reduce((a, b) => (Math.abs(b.x - x) < Math.abs(a.x - x) ? b : a));
       const step = first + ((nearest.x - left) / (right - left)) * (last - first);
-      return { curves, x: nearest.x, step: Math.round(step) };
+      const places = chart.dataset.places ? chart.dataset.places.split("|") : [];
+      const where = places.length ? `from token ${places[Math.round(step)]}` : `step ${Math.round(step)}`;
+      return { curves, x: nearest.x, where };
     }
 
     function key(line) {
@@ -259,7 +261,7 @@
       const hair = chart.querySelector(".hair");
       hair.setAttribute("x1", found.x);
       hair.setAttribute("x2", found.x);
-      readout.replaceChildren(make("div", "quiet", `step ${found.step}`), ...found.curves.map(({ line, value }) =>
+      readout.replaceChildren(make("div", "quiet", found.where), ...found.curves.map(({ line, value }) =>
         make("div", "", make("span", "", key(line), " ", line.dataset.name), make("b", "", value))));
       readout.hidden = false;
       const wide = readout.offsetWidth;

@@ -1,4 +1,4 @@
-"""What a run came to, in words and small tables: verdict, figures, objective, warnings, comparison."""
+"""What a run came to, in words and small tables: outcome, figures, objective, warnings, comparison."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def badge(run: Run) -> str:
     return run.status if run.status in ("finished", "stopped", "failed", "running") else "unknown"
 
 
-def verdict(run: Run) -> str:
+def outcome(run: Run) -> str:
     """One sentence: how the main figure moved, and whether that is more than chance."""
     name = run.headline()
     before, after = run.before().get(name or ""), run.after().get(name or "")
@@ -80,7 +80,6 @@ def verdict(run: Run) -> str:
         when = "after" if after else "before"
         return f"The {label} was {estimate(one, name)} {when} training; the other end was not measured."
     change = after.value - before.value
-    moved = f"{abs(change) * 100:.1f} points" if is_share(name) else number(abs(change))
     verb = "rose" if change > 0 else "fell" if change < 0 else "stayed"
     sentence = f"The {label} {verb} from {estimate(before, name)} to {estimate(after, name)}"
     if not change:
@@ -89,7 +88,7 @@ def verdict(run: Run) -> str:
     doubt = {True: "; the intervals overlap, so this may be chance", False: ", beyond the intervals", None: ""}[
         overlaps
     ]
-    return f"{sentence}: {'+' if change > 0 else '−'}{moved}{doubt}."
+    return f"{sentence}: {_change(before, after, name)}{doubt}."
 
 
 def estimate(value: Estimate | None, name: str) -> str:

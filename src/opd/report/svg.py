@@ -23,7 +23,7 @@ SMOOTH = 60  # points of the moving average over a noisy curve
 FLAT = 0.02  # an axis spans at least this share of its values
 PLAIN = 50  # at this many points and below, bands are left out
 NOISY = 6.0  # a curve that goes up and down this many times its own range is noisy
-COLOURS, DASHES = 6, 4
+COLOURS, DASHES, SHADES = 6, 4, 4
 
 Point = tuple[float, float]
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -40,6 +40,12 @@ class Series:
     colour: int = 0
     dash: int = 0
     dots: bool = False
+    shade: int = 0  # 1 faint to SHADES full; 0 is full too
+
+    @property
+    def kind(self) -> str:
+        """Its classes."""
+        return f"c{self.colour % COLOURS} d{self.dash % DASHES}" + (f" m{self.shade}" if self.shade else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,9 +143,11 @@ def line_chart(
     marks: Sequence[Mark] = (),
     boundaries: Sequence[Boundary] = (),
     detail: int = POINTS,
+    places: Sequence[str] = (),
 ) -> Markup:
-    """Curves over steps. `healthy` shades the range that a rule asks for; `steps` fixes the x axis for all charts;
-    `from_zero` keeps steady amounts (speed, memory) from looking like noise; `detail` is the most points of a curve.
+    """Curves over steps, or over `places`, whose names stand at x = 0, 1, ... `healthy` shades the range that a rule
+    asks for; `steps` fixes the x axis for all charts; `from_zero` keeps steady amounts (speed, memory) from looking
+    like noise; `detail` is the most points of a curve.
     """
     drawn = [s for s in series if s.points]
     if not drawn:
@@ -151,9 +159,10 @@ def line_chart(
     parts = [
         f'<svg class="chart" viewBox="0 0 {WIDTH:.0f} {HEIGHT:.0f}" role="img" aria-label="{label}" '
         f'data-x="{x.low:g} {x.high:g}" data-y="{y.low:.9g} {y.high:.9g}" data-log="{int(y.log)}" '
-        f'data-percent="{int(percent)}" data-box="{LEFT:g} {WIDTH - RIGHT:g} {TOP:g} {HEIGHT - BOTTOM:g}">',
+        f'data-percent="{int(percent)}" data-places="{escape("|".join(places))}" '
+        f'data-box="{LEFT:g} {WIDTH - RIGHT:g} {TOP:g} {HEIGHT - BOTTOM:g}">',
         _healthy(y, healthy),
-        _grid(x, y, percent),
+        _grid(x, y, percent, places),
         *_boundaries(x, boundaries),
     ]
     parts += [_interval(s, x, y, detail) for s in drawn if detail > PLAIN]
@@ -163,9 +172,9 @@ def line_chart(
     return Markup("".join(parts))
 
 
-def swatch(colour: int, dash: int = 0) -> Markup:
+def swatch(colour: int, dash: int = 0, shade: int = 0) -> Markup:
     """The key of a curve in a legend."""
-    kind = f"line c{colour % COLOURS} d{dash % DASHES}"
+    kind = f"line {Series('', (), colour=colour, dash=dash, shade=shade).kind}"
     return Markup(f'<svg class="swatch" viewBox="0 0 22 8" aria-hidden="true"><path class="{kind}" d="M1 4H21"/></svg>')
 
 
@@ -249,19 +258,19 @@ def _y_scale(
     return Scale(low if low == 0 else low - pad, high + pad, HEIGHT - BOTTOM, TOP)
 
 
-def _grid(x: Scale, y: Scale, percent: bool) -> str:
+def _grid(x: Scale, y: Scale, percent: bool, places: Sequence[str] = ()) -> str:
     parts = []
     levels = [v for v in _decades(y) if y.low <= v <= y.high] if y.log else ticks(y.low, y.high, 4)
     for level, label in zip(levels, labels(levels, percent), strict=True):
         at = y(level)
         parts.append(f'<path class="grid" d="M{LEFT:g} {at:.1f}H{WIDTH - RIGHT:g}"/>')
         parts.append(f'<text class="tick end" x="{LEFT - 5:g}" y="{at + 3.5:.1f}">{label}</text>')
-    whole = [v for v in ticks(x.low, x.high, 5) if v == int(v)]
-    for step in whole:
+    named: dict[float, str] = dict(enumerate(places)) or {v: number(v) for v in ticks(x.low, x.high, 5) if v == int(v)}
+    for step, name in named.items():
         at = x(step)
         anchor = "end" if at > WIDTH - 16 else "mid"
         shown = min(at + 9, WIDTH) if anchor == "end" else at
-        parts.append(f'<text class="tick {anchor}" x="{shown:.1f}" y="{HEIGHT - 5:g}">{number(step)}</text>')
+        parts.append(f'<text class="tick {anchor}" x="{shown:.1f}" y="{HEIGHT - 5:g}">{escape(name)}</text>')
     return "".join(parts)
 
 
@@ -284,7 +293,7 @@ def _healthy(y: Scale, healthy: tuple[float | None, float | None] | None) -> str
 def _curve(series: Series, x: Scale, y: Scale, detail: int) -> str:
     """The curve; a noisy one as a moving average, over itself drawn faint or over the band of `_interval`."""
     points, spread = thin(series.points, detail)
-    kind = f"c{series.colour % COLOURS} d{series.dash % DASHES}"
+    kind = series.kind
     average = smooth(series.points, min(SMOOTH, detail))
     out = ""
     if average and not spread:

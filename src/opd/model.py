@@ -59,8 +59,7 @@ def lay_out(batch: Batch, rows: Sequence[int], layout: Layout, pad: int = 0) -> 
         fill = [pad] * longest
         right = layout == "right"
         ids = torch.tensor([[*t, *fill[len(t) :]] if right else [*fill[len(t) :], *t] for t in tokens])
-        mask = torch.arange(longest)[None] < length[:, None]
-        mask = mask if right else mask.flip(1)
+        mask = (torch.arange(longest) if right else torch.arange(longest).flip(0))[None] < length[:, None]
         inputs = {"input_ids": ids, "position_ids": (mask.long().cumsum(1) - 1).clamp_min(0)}
         if not bool(mask.all()):
             inputs["attention_mask"] = mask.long()
@@ -390,10 +389,10 @@ def copy_adapter(module: nn.Module, source: str, name: str) -> str:
 
 def parameters(model: CausalModel) -> int:
     """Parameters that work on each token: embedding look-ups are free, the head counts, others' adapters do not."""
-    table = base(model.module).get_input_embeddings()
-    others = [f".{name}." for name in getattr(model.module, "peft_config", ()) if name != model.adapter]
-    own = sum(p.numel() for n, p in model.backbone.named_parameters() if not any(name in n for name in others))
-    return own - (0 if table is None else int(table.weight.numel())) + model.head.weight.numel()
+    others = {*getattr(model.module, "peft_config", ())} - {model.adapter}
+    own = sum(p.numel() for n, p in model.backbone.named_parameters() if others.isdisjoint(n.split(".")))
+    free: int = t.weight.numel() if (t := base(model.module).get_input_embeddings()) else 0
+    return own - free + model.head.weight.numel()
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

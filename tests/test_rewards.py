@@ -67,8 +67,9 @@ def test_regex() -> None:
 def test_task_verifier() -> None:
     reward = load("task")
     assert reward(ask("sqcbxa>", domain="sort"), "abcqx") == 1 and reward(ask("sqcbxa>", domain="sort"), "qcbxa") == 0
-    with pytest.raises(UsageError, match="srot"):
-        reward(ask("sqcbxa>", domain="srot"), "abcqx")
+    assert reward(ask("down;sqcbxa>", domain="mine"), "xqcba") == 1, "a domain is a label: the marker tells the task"
+    with pytest.raises(UsageError, match="'qcbxa>' belongs to no task"):
+        reward(ask("qcbxa>", domain="sort"), "abcqx")
 
 
 # -- math

@@ -19,7 +19,7 @@ from opd.method import EXPERT
 from opd.mixture import Mixture
 from opd.recipe import Recipe
 from opd.types import RETOKENIZED, Prompt, Says
-from opd.views import View, refuse_missing, wrapped
+from opd.views import View, shown, wrapped
 
 if TYPE_CHECKING:
     from opd.cast import Load
@@ -53,10 +53,6 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
     from opd.retokenize import crossing
     from opd.teachers import Teachers
 
-    wants: dict[str, Says] = {}
-    for judge, says in ((j, s) for leg in found for j, s in leg.method.needs.items()):
-        shares = Says.TEXT if judge.view == RETOKENIZED else says  # by text alone, in tokens of its own
-        wants[judge.role] = max(shares, wants.get(judge.role, Says.TEXT))
     tokenizer = load_tokenizer(recipe.student.model, recipe.student.trust_remote_code)
     student = _student(recipe.student, len(tokenizer), device)
     stop_ids = student.stop_ids or ((tokenizer.eos_token_id,) if tokenizer.eos_token_id is not None else ())
@@ -67,36 +63,36 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
 
     if recipe.critic.init != "student" and any(leg.learns for leg in found):
         _critic_fits(recipe, tokenizer)
-    if recipe.hint is not None and recipe.hint.judge:
-        wants.setdefault(recipe.hint.judge, Says.TEXT)
-    if EXPERT in wants:
-        wants = {role: max(wants.get(role, Says.TEXT), wants[EXPERT]) for role in (*wants, *recipe.teachers)}
+    mixture, dev, notes = _data(recipe, folder, voice, found, student)
+    wants = _wants(recipe, found, mixture)
     models: dict[str, Load] = {}
     voices: dict[str, Renderer] = {}
     answers: dict[str, dict[str, tuple[str, ...]]] = {}
     caches: dict[str, Cache] = {}
-    notes: list[str] = []
+    rooms: dict[str, int | None] = dict.fromkeys(("student", "reference", "ema"), _room(student))
     for role, teacher in recipe.teachers.items():
         if role not in wants:
             notes.append(f"teacher `{role}` is not asked by any stage, and was not loaded")
         elif teacher.model:
-            voices[role], models[role] = _teacher(role, teacher, tokenizer, student, device, wants[role])
+            voices[role], models[role], rooms[role] = _teacher(role, teacher, tokenizer, student, device, wants[role])
         elif teacher.stage:
-            assert run is not None, "a teacher that is a stage of the run, without a run"
-            models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
+            rooms[role] = _room(student)
+            if run is not None:  # where the student is only measured, nobody asks what it was
+                models[role] = partial(snapshot.frozen, student, snapshot.place(run, teacher.stage), role)
         elif teacher.answers:
             answers[role] = data.answers(local(teacher.answers, folder))
         elif teacher.cache:
             caches[role] = _cache(recipe, role, Path(local(teacher.cache, folder)), student, voice)
     for role in sorted({j.role for leg in found for j in leg.method.needs if j.view == RETOKENIZED} & voices.keys()):
         notes.append(crossing(voice, voices[role]).note(role))
-    mixture, dev, read = _data(recipe, folder, voice, found, student)
     views = {name: View(name, text, folder) for name, text in recipe.views.model_dump().items()}
-    _judges_see(views, mixture, found, models)
-    notes += read
-    for role, recorded in answers.items():
-        if any(role in leg.method.speaks.names or leg.method.loss.learned for leg in found):
-            data.join(mixture_prompts(mixture), recorded, recipe.teachers[role].answers or role)
+    held = {role: room for role, room in rooms.items() if room is not None}
+    for leg in found:
+        prompts = mixture_prompts(mixture.of(leg.stage.domains))
+        _judges_see(leg, prompts, views, held, voice)
+        for role, recorded in answers.items():
+            if role in leg.method.speaks.names or leg.method.loss.learned:
+                data.join(prompts, recorded, recipe.teachers[role].answers or role)
     teachers = Teachers(
         renderer=voice,
         student=student,
@@ -104,6 +100,7 @@ def assemble(recipe: Recipe, found: Sequence[Leg], folder: Path, device: str, ru
         views=views,
         came_next=None if recipe.hint is None else hints.rule(recipe.hint.use, folder),
         hint_judge=(recipe.hint.judge, recipe.hint.votes) if recipe.hint and recipe.hint.judge else None,
+        rooms=held,
         disk=run / "carried" if run is not None and recipe.run.carry == "disk" else None,
         caches=caches,
         answers=answers,
@@ -200,6 +197,11 @@ def with_vocab(model: CausalModel, vocab: int) -> CausalModel:
     return replace(model, head=replace(model.head, vocab=min(vocab, model.head.weight.shape[0])))
 
 
+def _room(model: CausalModel) -> int | None:
+    """Tokens that a model holds, prompt and answer together, where its config says so."""
+    return getattr(getattr(model.module, "config", None), "max_position_embeddings", None)
+
+
 def _critic_fits(recipe: Recipe, tokenizer: Any) -> None:
     own = load_tokenizer(recipe.critic.init, recipe.student.trust_remote_code)
     if difference := same_tokenizer(tokenizer, own):
@@ -211,8 +213,9 @@ def _critic_fits(recipe: Recipe, tokenizer: Any) -> None:
 
 def _teacher(
     role: str, teacher: Any, tokenizer: Any, student: CausalModel, device: str, says: Says
-) -> tuple[Renderer, Load]:
-    """How a teacher's texts are rendered, and how its model is loaded: at once if it stays, else when it is asked."""
+) -> tuple[Renderer, Load, int | None]:
+    """How a teacher's texts are rendered, how its model is loaded (at once if it stays, else when it is asked), and how
+    many tokens it holds."""
     from opd.model import load
 
     own = load_tokenizer(teacher.model, teacher.trust_remote_code)
@@ -231,14 +234,14 @@ def _teacher(
 
     first = fetch()
     stops = first.stop_ids or ((own.eos_token_id,) if own.eos_token_id is not None else ())
-    return renderer(own, stop_ids=stops), (lambda: first) if teacher.resident else fetch
+    return renderer(own, stop_ids=stops), (lambda: first) if teacher.resident else fetch, _room(first)
 
 
 def _data(
     recipe: Recipe, folder: Path, voice: Renderer, found: Sequence[Leg], student: CausalModel
 ) -> tuple[Mixture, tuple[Prompt, ...], list[str]]:
     notes: list[str] = []
-    room = getattr(getattr(student.module, "config", None), "max_position_embeddings", None)
+    room = _room(student)
     longest = max(leg.sampling.max_tokens for leg in found)
     if room is not None and room <= longest:
         raise UsageError(
@@ -258,7 +261,7 @@ def _data(
             on_bad_row=recipe.data.on_bad_row,
         )
         notes.append(str(reading.report))
-        prompts = reading.prompts if source.wrap is None else wrapped(View("wrap", source.wrap), reading.prompts)
+        prompts = reading.prompts if source.wrap is None else wrapped(source.wrap, reading.prompts, source.path, folder)
         kept = [p for p in prompts if limit is None or len(voice.prompt_ids(p)) <= limit]
         if dropped := len(reading.prompts) - len(kept):
             said = f"{dropped} of {len(reading.prompts)} prompts of {source.path} are longer than {limit} tokens"
@@ -267,8 +270,10 @@ def _data(
                     f"{said}: shorten speak.max_tokens, raise data.max_prompt_tokens, or data.overlong=skip"
                 )
             notes.append(f"{said} and were left out")
-        bare = [p for p in kept if not p.responses]
-        if bare and split == "train" and any("data" in leg.method.speaks.names for leg in found):
+        said_by_data = [leg for leg in found if "data" in leg.method.speaks.names and split == "train"]
+        learned = [p for p in kept if any(leg.domains is None or p.domain in leg.domains for leg in said_by_data)]
+        bare = [p for p in learned if not p.responses]
+        if bare:
             raise UsageError(
                 f"{len(bare)} of {len(kept)} prompts of {source.path} have no recorded answer (the first: "
                 f"{bare[0].where or bare[0].id}), and a stage learns from them: give each row a `response`"
@@ -284,19 +289,57 @@ def _data(
     return mixture, tuple(dev[: recipe.eval.prompts]), notes
 
 
-def _judges_see(views: Mapping[str, View], mixture: Mixture, found: Sequence[Leg], models: Mapping[str, Load]) -> None:
-    """Refuse prompts that a judge has no view of, or whose domain no teacher is named after."""
-    prompts = mixture_prompts(mixture)
-    asked = {judge for leg in found for judge, says in leg.method.needs.items() if says is not Says.TEXT}
-    for name in sorted({judge.view for judge in asked} & views.keys()):
-        refuse_missing(views[name], prompts, "data.train")
-    lacking = sorted({p.domain for p in prompts} - models.keys())
-    if lacking and any(judge.role == EXPERT for judge in asked):
-        raise UsageError(
-            f"each prompt is judged by the teacher that is named after its domain, and there is none for the domains "
-            f"{', '.join(repr(d) for d in lacking)} (teachers: {', '.join(models)}): name a teacher after each domain, "
-            "and give each source of data.train its `domain`"
-        )
+def _wants(recipe: Recipe, found: Sequence[Leg], mixture: Mixture) -> dict[str, Says]:
+    """The most that each role is asked for. Refuses prompts whose domain has no teacher with probabilities."""
+    wants: dict[str, Says] = {}
+    for leg in found:
+        domains = sorted({p.domain for p in mixture_prompts(mixture.of(leg.stage.domains))})
+        for judge, says in leg.method.needs.items():
+            if judge.role == EXPERT:
+                _refuse_lacking(recipe, leg, domains)
+            shares = Says.TEXT if judge.view == RETOKENIZED else says  # by text alone, in tokens of its own
+            for role in domains if judge.role == EXPERT else [judge.role]:
+                wants[role] = max(shares, wants.get(role, Says.TEXT))
+        if recipe.hint is not None and recipe.hint.judge and leg.looks_back:
+            wants.setdefault(recipe.hint.judge, Says.TEXT)
+    return wants
+
+
+def _refuse_lacking(recipe: Recipe, leg: Leg, domains: Sequence[str]) -> None:
+    able = [role for role, t in recipe.teachers.items() if t.model or t.stage]
+    lacking = [d for d in domains if d not in able]
+    if not lacking:
+        return
+    text = [d for d in lacking if d in recipe.teachers]
+    raise UsageError(
+        f"stage `{leg.name}`: each prompt is judged by the teacher that is named after its domain, and there is none "
+        f"for {', '.join(repr(d) for d in lacking)} (with probabilities: {', '.join(able)}"
+        + (f"; {', '.join(text)} gives text only" if text else "")
+        + "): give each domain a teacher with a `model` or a `stage`, and each source of data.train its `domain`"
+    )
+
+
+def _judges_see(
+    leg: Leg, prompts: Sequence[Prompt], views: Mapping[str, View], rooms: Mapping[str, int], voice: Renderer
+) -> None:
+    """Refuse prompts that a judge has no view of, or that are too long for it with the view and an answer."""
+    for judge, says in leg.method.needs.items():
+        if not says.by_token or judge.view == RETOKENIZED:
+            continue
+        if judge.view in views and views[judge.view].looks_back:
+            continue  # a hint is only known after the student spoke: then such a row is not heard
+        seen = shown(views[judge.view], prompts, "data.train") if judge.view in views else prompts
+        room = [rooms.get(p.domain if judge.role == EXPERT else judge.role) for p in prompts]
+        size = [len(voice.prompt_ids(p)) + leg.sampling.max_tokens for p in seen]
+        long = [i for i, limit in enumerate(room) if limit is not None and size[i] > limit]
+        if long:
+            first = prompts[long[0]]
+            raise UsageError(
+                f"stage `{leg.name}`: {len(long)} of {len(prompts)} prompts are too long for `{judge}` (the first: "
+                f"{first.where or first.id}, {size[long[0]]} tokens as it reads them, speak.max_tokens among them, and "
+                f"it holds {room[long[0]]}): lower speak.max_tokens or data.max_prompt_tokens"
+                + (f", or shorten views.{judge.view}" if judge.view in views else "")
+            )
 
 
 def optim(update: Any) -> Optim:

@@ -19,7 +19,7 @@ from opd.expression import Expression
 from opd.gates import Heard
 from opd.loss import Loss
 from opd.schedule import value
-from opd.signals import Score, Signal, Token, TopK
+from opd.signals import Experts, Score, Signal, Token, TopK
 from opd.types import Judge, Rollout
 
 
@@ -92,6 +92,15 @@ class Batch:
         """True for each token that has to be in one tile with the token before it."""
         none_N = torch.zeros_like(self.row_N, dtype=torch.bool)
         return torch.stack([none_N, *(a.joined_N for a in self.alignments.values())]).any(0)
+
+    def by_expert(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows that are judged by the same experts together, so that each expert's head is taken once."""
+        last_R = (self.length_B.cumsum(0) - 1)[list(rows)]
+        judges = [s.judge_N[last_R].tolist() for s in self.signals.values() if isinstance(s, Experts)]
+        companies: dict[tuple[int, ...], list[int]] = {}
+        for i, r in enumerate(rows):
+            companies.setdefault(tuple(judge[i] for judge in judges), []).append(r)
+        return [companies[key] for key in sorted(companies)]
 
     def rows(self, keep: Sequence[int]) -> Batch:
         """The batch of some rows, in the order given. Groups keep their numbers."""

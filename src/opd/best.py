@@ -20,6 +20,8 @@ def is_best(run: Run, numbers: Mapping[str, float]) -> bool:
         _must_be_measured(run, name, numbers)
     value, ratio = numbers.get(name), numbers.get("eval/length_ratio", 1.0)
     inside = own.length_band is None or own.length_band[0] <= ratio <= own.length_band[1]
+    if value is not None and (inside or at.step == 0):
+        at.height = value if at.height is None else max(at.height, value)
     if at.step == 0 or value is None or not inside or not _better(name, value, at.best_value):
         return False
     at.best_step, at.best_value, at.best = at.step, value, dict(numbers)
@@ -35,8 +37,7 @@ def collapsed(run: Run) -> str | None:
     at, name, share = run.at, _metric(run), run.recipe.eval.collapse
     if share is None or name not in at.after or not name.startswith(("eval/dev_score", "eval/accuracy")):
         return None
-    known = [v for v in (at.before.get(name), at.best_value) if v is not None]
-    return fallen(name, at.after[name], max(known), at.after["eval/prompts"], share) if known else None
+    return None if at.height is None else fallen(name, at.after[name], at.height, at.after["eval/prompts"], share)
 
 
 def _better(name: str, value: float, than: float | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from opd.head import Head
+from opd.log import full_disk
 from opd.model import CausalModel, parameters
 
 Load = Callable[[], CausalModel]
@@ -42,6 +44,9 @@ class Cast(Mapping[str, CausalModel]):
             self._sizes[role] = parameters(self._here[role])
         return self._here[role]
 
+    def __contains__(self, role: object) -> bool:  # a mapping's own would load the model to find out
+        return role in self._loads
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._loads)
 
@@ -67,16 +72,25 @@ def carried(x: Tensor, folder: Path | None) -> Tensor:
     """
     if folder is None:
         return x
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=folder) as file:
-        file.truncate(max(1, x.numel() * x.element_size()))
-        mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
+    if not x.numel():
+        return x.cpu()
+    with full_disk(f"hidden states could not be written to {folder}", "The checkpoints are kept", folder.parent):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as file:
+            _make_room(file.fileno(), x.numel() * x.element_size())
+            mapped = torch.from_file(file.name, shared=True, size=x.numel(), dtype=x.dtype)
     return mapped.view(x.shape).copy_(x)
+
+
+def _make_room(file: int, size: int) -> None:
+    """Take the bytes now: writing to a mapped file on a full disk would kill the process without a word."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file, 0, size)
+    else:
+        os.ftruncate(file, size)
 
 
 def carried_head(head: Head, folder: Path | None) -> Head:
     """A head that outlives its model: its weights copied off the device."""
-    copy: Callable[[Tensor], Tensor] = lambda w: carried(
-        w.detach().cpu() if folder else w.detach().cpu().clone(), folder
-    )
+    copy: Callable[[Tensor], Tensor] = lambda w: carried(w.detach().to("cpu", copy=folder is None), folder)
     return replace(head, weight=copy(head.weight), bias=None if head.bias is None else copy(head.bias))

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from opd.errors import UsageError
-from opd.method import function
+from opd.method import function, is_function
 from opd.types import Message, Prompt, Rollout
 
 Next = Callable[[str, str], str | None]  # (prompt, answer) to what came next, or None where nothing can be learned
@@ -31,7 +31,7 @@ def rule(use: str, folder: Path | None = None) -> Next:
     """`world`, the hint of the built-in world's tasks, or `./file.py:name`. Raises `UsageError` for another name."""
     if use == "world":
         return _of_world
-    if ".py:" in use:
+    if is_function(use):
         return function(use, folder)
     raise UsageError(f"hint.use is `{use}`: it is `world`, or your own function as ./file.py:name")
 
@@ -44,7 +44,8 @@ def _of_world(prompt: str, answer: str) -> str | None:
 
 def question(rollout: Rollout, came_next: str) -> Prompt:
     """What the judge is asked about a rollout."""
-    text = ASK.replace("{prompt}", rollout.prompt.text).replace("{answer}", rollout.text).replace("{next}", came_next)
+    fields = {"prompt": rollout.prompt.text, "answer": rollout.text, "next": came_next}
+    text = re.sub(r"\{(\w+)\}", lambda m: fields[m[1]], ASK)  # in one pass: what is filled in is not read again
     return Prompt((Message("user", text),), domain=rollout.prompt.domain)
 
 

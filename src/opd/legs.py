@@ -14,6 +14,7 @@ from opd.engines.base import Sampling
 from opd.errors import UsageError
 from opd.loss import Objective
 from opd.method import EXPERT, VIEWS, Method, Recorded, Setting, bind
+from opd.mixture import Mixture
 from opd.recipe import Recipe, Stage
 from opd.types import Says
 
@@ -35,8 +36,18 @@ class Leg:
         """Whether the critic learns in this stage."""
         return any(not learned.fixed for learned in self.method.loss.learned)
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether a judge sees hints."""
+        return any(judge.view == "hint" for judge in self.method.needs)
+
+    @property
+    def domains(self) -> frozenset[str] | None:
+        """What its prompts are about; None is everything."""
+        return None if self.stage.domains is None else frozenset(self.stage.domains)
+
     def steps(self, prompts: int) -> int:
-        """Length in steps, for a training set of this many prompts."""
+        """Length in steps, for this many prompts to draw from."""
         if self.stage.steps is not None:
             return self.stage.steps
         return max(1, ceil((self.stage.epochs or 1.0) * prompts / self.stage.train.prompts - 1e-9))
@@ -53,7 +64,8 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
     caches = recorded(recipe, folder or Path.cwd())
     roles = {role: Says.LAYERS if t.model or t.stage else Says.TEXT for role, t in recipe.teachers.items()}
     if roles:
-        roles[EXPERT] = min(Says.DENSE, *roles.values())  # (several widths are no layer, and no cache is of several)
+        # Whether each domain has its own is known with the data; several widths are no layer, no cache is of several.
+        roles[EXPERT] = min(Says.DENSE, max(roles.values()))
     roles |= {role: index.says for role, index in caches.items()}
     for stage in recipe.stages:
         try:
@@ -92,15 +104,9 @@ def legs(recipe: Recipe, folder: Path | None = None) -> tuple[Leg, ...]:
             bind(built, setting)
         except UsageError as error:
             problems += [f"stage `{stage.name or built.name}`: {p}" for p in error.problems]
-        ended = {"initial", *(leg.name for leg in found)}
-        for role, teacher in recipe.teachers.items():
-            asked = {j.role for j in built.needs} & {role, EXPERT}
-            if teacher.stage and asked and teacher.stage not in ended:
-                problems.append(
-                    f"stage `{stage.name}` asks `{role}`, the student at the end of stage `{teacher.stage}`, which has "
-                    "not ended then: put that stage before it"
-                )
-        found.append(Leg(stage, built, sampling))
+        leg = Leg(stage, built, sampling)
+        problems += _too_early(recipe, leg, {"initial", *(other.name for other in found)})
+        found.append(leg)
     if problems:
         raise UsageError(*problems)
     return tuple(found)
@@ -113,6 +119,34 @@ def _objective(methods: Sequence[Method], place: int) -> Objective:
         (learned.objective for each in near for learned in each.loss.learned),
         Objective("bradley_terry", good="teacher", bad="student"),
     )
+
+
+def _too_early(recipe: Recipe, leg: Leg, ended: set[str]) -> list[str]:
+    """Teachers that the leg asks and that are the student at the end of a stage which has not ended then."""
+    asked = {j.role for j in leg.method.needs}
+    if EXPERT in asked:
+        asked |= set(recipe.teachers if leg.stage.domains is None else leg.stage.domains)
+    if recipe.hint is not None and recipe.hint.judge and leg.looks_back:
+        asked.add(recipe.hint.judge)
+    return [
+        f"stage `{leg.name}` asks `{role}`, the student at the end of stage `{teacher.stage}`, which has not ended "
+        "then: put that stage before it"
+        for role, teacher in recipe.teachers.items()
+        if teacher.stage and role in asked and teacher.stage not in ended
+    ]
+
+
+def first_cursor(found: Sequence[Leg], index: int, mixture: Mixture) -> int:
+    """Where a stage's sequence of prompts goes on: as many as earlier stages of the same domains drew from it."""
+    own = found[index].domains
+    earlier = [leg for leg in found[:index] if leg.domains == own]
+    return sum(leg.steps(mixture.of(leg.stage.domains).size) * leg.stage.train.prompts for leg in earlier)
+
+
+def text_role(recipe: Recipe, found: Sequence[Leg]) -> str | None:
+    """Whose text evaluations compare with, if anybody's: a teacher that is there from the start to the end."""
+    roles = [leg.method.taught_by for leg in found if leg.method.taught_by]
+    return next((r for r in roles if r not in recipe.teachers or not recipe.teachers[r].stage), None)
 
 
 def recorded(recipe: Recipe, folder: Path) -> dict[str, Index]:
@@ -135,7 +169,9 @@ def plan(recipe: Recipe, found: Sequence[Leg]) -> dict[str, Any]:
         "equation": str(found[-1].method.loss),
         "speaks": str(found[-1].method.speaks),
         "student": recipe.student.model,
-        "teachers": {role: (t.model or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()},
+        "teachers": {
+            role: (t.model or t.stage or t.answers or t.url or t.cache) for role, t in recipe.teachers.items()
+        },
         "needs": needs,
         "stages": [
             {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import pkgutil
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib import import_module, util
@@ -187,12 +188,17 @@ def catalogue() -> dict[str, Callable[..., Method]]:
 
 def find(name: str, folder: Path | None = None) -> Callable[..., Method]:
     """A method by name, or a user's own as `./file.py:function` (relative to `folder`)."""
-    if ".py:" in name:
+    if is_function(name):
         return function(name, folder)
     known = catalogue()
     if name not in known:
         raise UsageError(f"there is no method `{name}`; there are {', '.join(known)}, or your own as `./file.py:name`")
     return known[name]
+
+
+def is_function(text: str) -> bool:
+    """Whether a text names a function in a file, as `./file.py:name` does."""
+    return re.fullmatch(r"[^{}\n]+\.py:[A-Za-z_]\w*", text) is not None
 
 
 def function(spec: str, folder: Path | None = None) -> Callable[..., Any]:

@@ -47,6 +47,8 @@ class Mixture:
         if problems:
             raise UsageError(*problems)
         self.seed = seed
+        self.weights = tuple(weights)
+        self._parts: dict[frozenset[str], Mixture] = {}
         self.sources = [tuple(s) for s in sources]
         self._shares = _integers(weights)
         self._turns = _Turns(self._shares)
@@ -56,6 +58,25 @@ class Mixture:
     def size(self) -> int:
         """Prompts in the sources that are drawn from: an epoch of the whole, in number."""
         return sum(len(s) for s, share in zip(self.sources, self._shares, strict=True) if share)
+
+    def of(self, domains: Sequence[str] | None) -> Mixture:
+        """The prompts of these domains alone, a sequence of its own; None is all. Sources keep their weights.
+
+        Raises `UsageError` for a domain that no prompt is of.
+        """
+        if domains is None:
+            return self
+        wanted, known = frozenset(domains), {p.domain for source in self.sources for p in source}
+        if lacking := sorted(wanted - known):
+            raise UsageError(
+                f"no prompt of data.train is of the domain {', '.join(map(repr, lacking))}; there are "
+                f"{', '.join(map(repr, sorted(known)))}. A source's `domain` names what its prompts are about"
+            )
+        if wanted not in self._parts:
+            kept = [[p for p in source if p.domain in wanted] for source in self.sources]
+            pairs = [(s, w) for s, w in zip(kept, self.weights, strict=True) if s]
+            self._parts[wanted] = Mixture([s for s, _ in pairs], [w for _, w in pairs], self.seed)
+        return self._parts[wanted]
 
     def prompts(self, cursor: int, n: int) -> list[Prompt]:
         """The n prompts after the first `cursor`."""

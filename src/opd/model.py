@@ -389,10 +389,11 @@ def copy_adapter(module: nn.Module, source: str, name: str) -> str:
 
 
 def parameters(model: CausalModel) -> int:
-    """Parameters that work on each token: embedding look-ups are free, the output head counts."""
+    """Parameters that work on each token: embedding look-ups are free, the head counts, others' adapters do not."""
     table = base(model.module).get_input_embeddings()
-    embeddings = 0 if table is None else table.weight.numel()
-    return sum(p.numel() for p in model.backbone.parameters()) - int(embeddings) + model.head.weight.numel()
+    others = [f".{name}." for name in getattr(model.module, "peft_config", ()) if name != model.adapter]
+    own = sum(p.numel() for n, p in model.backbone.named_parameters() if not any(name in n for name in others))
+    return own - (0 if table is None else int(table.weight.numel())) + model.head.weight.numel()
 
 
 def trained(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

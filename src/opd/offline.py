@@ -189,7 +189,7 @@ def _record_rows(cache: Cache, judge: Judge, wish: Wish, rows: Sequence[Rollout]
     exact = torch.float64 if student.compute == torch.float64 else torch.float32
     for chunk in _chunks(rows):
         batch = pack(chunk, temperature=leg.sampling.temperature, device=student.device, dtype=exact)
-        seen, shown_B = teachers.seen(batch, judge.view)
+        seen, shown_B = teachers.seen(batch, judge)
         keys = [cache.key(r, judge.view) for r in seen.rollouts]
         first = {row: b for b, row in reversed(list(enumerate(keys)))}  # the same text twice is recorded once
         new = sorted(b for row, b in first.items() if shown_B[b] and seen.length_B[b] and row not in cache)

@@ -24,7 +24,7 @@ from opd.metrics import length_only_accuracy
 from opd.model import CausalModel, adapter, parameters
 from opd.signals import Distribution, Score, Token, TopK
 from opd.teachers import Teachers
-from opd.types import Rollout
+from opd.types import Judge, Rollout
 
 
 def locked(chosen: recipe.Recipe, parts: Parts, base: Path, device: str, origin: Path | None) -> dict[str, Any]:
@@ -196,7 +196,7 @@ def flops(
         total += 6 * own * _length(_counted(batch, method))
     for judge, says in method.needs.items():
         if says.by_token:
-            total += 2 * _asked(teachers, judge.role, batch)
+            total += 2 * _asked(teachers, judge, batch)
     if method.speaks.blend is not None:  # the other half of a blend decodes along
         total += 2 * teachers.size(method.speaks.blend[0]) * _length(students)
     if critic is not None and method.loss.learned:
@@ -205,10 +205,12 @@ def flops(
     return total
 
 
-def _asked(teachers: Teachers, role: str, batch: Batch) -> float:
-    """Parameters times tokens of a judge's forward passes: each row by the model that it is for."""
-    whose = [r.prompt.domain if role == EXPERT else role for r in batch.rollouts]
-    return float(sum(teachers.size(w) * len(r.tokens) for w, r in zip(whose, batch.rollouts, strict=True)))
+def _asked(teachers: Teachers, judge: Judge, batch: Batch) -> float:
+    """Parameters times tokens of a judge's forward passes: each row that it heard by the model that it is for."""
+    heard = set(batch.row_N[batch.heard(judge) > 0].tolist())
+    rows = [batch.rollouts[b] for b in sorted(heard)]
+    whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in rows]
+    return float(sum(teachers.size(w) * len(r.tokens) for w, r in zip(whose, rows, strict=True)))
 
 
 def _length(rows: Sequence[Rollout]) -> float:

@@ -192,10 +192,10 @@ def math_verify(seconds: float = 5.0, on_timeout: Literal["mask", "wrong"] = "ma
 
 
 def task() -> Reward:
-    """1 where the task of the built-in world that the prompt's domain names calls the answer right."""
+    """1 where the task of the built-in world that the prompt belongs to, by its marker, calls the answer right."""
     from opd import tasks
 
-    return Reward("task", _each(lambda p, text: tasks.task(p.domain).check(p.text, text)))
+    return Reward("task", _each(lambda p, text: tasks.check(p.text, text)))
 
 
 def reward_model(

@@ -110,7 +110,7 @@ def measure(place: Path, overrides: Sequence[str] = ()) -> dict[str, float]:
 
 def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]:
     from opd.assemble import assemble, device_of
-    from opd.legs import legs
+    from opd.legs import legs, text_role
 
     found = legs(chosen, base)  # what cannot work is refused before torch is loaded
     import torch
@@ -121,14 +121,13 @@ def _evaluated(chosen: Recipe, base: Path, run: Path | None) -> dict[str, float]
         torch.set_num_threads(chosen.run.threads)
     parts = assemble(chosen, found, base, device_of(chosen))
     parts.teachers.heard.update(said_before(RunFolder.open(run).path) if run else {})
-    role = next((leg.method.taught_by for leg in found if leg.method.taught_by), None)
     return evaluate(
         parts.student,
         parts.teachers,
         parts.dev,
         found[-1].sampling,
         rewards=parts.rewards,
-        text_role=role,
+        text_role=text_role(chosen, found),
         greedy=chosen.eval.greedy,
         sampled=chosen.eval.sampled,
         samples=chosen.eval.samples,

@@ -116,27 +116,36 @@ class Experts:
     def logits(self, at: Tensor | slice) -> Tensor:
         judge_n, place_n = self.judge_N[at], self.place_N[at]
         out_nV: Tensor | None = None
-        with torch.no_grad():
-            for number in judge_n.unique().tolist():  # type: ignore[no-untyped-call]
-                mine = judge_n == number
-                head = self.shelf.take(number)
-                z_mV = head.logits(self.hidden[number][place_n[mine]].to(head.weight.device))
-                if out_nV is None:
-                    out_nV = z_mV.new_zeros(len(judge_n), z_mV.shape[1])
-                out_nV[mine] = z_mV
+        for number in judge_n.unique().tolist():  # type: ignore[no-untyped-call]
+            mine = judge_n == number
+            z_mV = self._logits(number, place_n[mine])
+            if out_nV is None:
+                out_nV = z_mV.new_zeros(len(judge_n), z_mV.shape[1])
+            out_nV[mine] = z_mV
         assert out_nV is not None, "no token was asked for"
         return out_nV
+
+    @torch.no_grad()
+    def _logits(self, number: int, place_m: Tensor) -> Tensor:  # the head is not held on to: another may come next
+        head = self.shelf.take(number)
+        return head.logits(self._hidden(number, place_m, head))
+
+    def _hidden(self, number: int, place_m: Tensor, head: Head) -> Tensor:
+        h_MH = self.hidden[number]
+        return h_MH[place_m.to(h_MH.device)].to(head.weight.device)
 
     def logp(self, token_N: Tensor, temperature: float) -> Tensor:
         """[N] of the sampled tokens."""
         out_N = torch.zeros(len(token_N), dtype=self.hidden[0].dtype, device=token_N.device)
-        for number, h_MH in enumerate(self.hidden):
+        for number in self.judge_N.unique().tolist():  # type: ignore[no-untyped-call]
             mine = (self.judge_N == number).nonzero()[:, 0]
-            head = self.shelf.take(number)
-            h_mH = h_MH[self.place_N[mine]].to(head.weight.device)
-            logp_m = token_logp(head, h_mH, token_N[mine], temperature)
+            logp_m = self._logp(number, self.place_N[mine], token_N[mine], temperature)
             out_N = out_N.to(logp_m.dtype).index_copy(0, mine, logp_m)
         return out_N
+
+    def _logp(self, number: int, place_m: Tensor, token_m: Tensor, temperature: float) -> Tensor:
+        head = self.shelf.take(number)
+        return token_logp(head, self._hidden(number, place_m, head), token_m, temperature)
 
     def rows(self, at_N: Tensor, _rows_B: Tensor) -> Experts:
         return replace(self, judge_N=self.judge_N[at_N], place_N=self.place_N[at_N], heard_N=_some(self.heard_N, at_N))

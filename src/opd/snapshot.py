@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,8 +19,9 @@ INITIAL = "initial"  # the student before the first step
 
 
 def place(folder: Path, stage: str) -> Path:
-    """Where the student at the end of a stage lies in a run's folder."""
-    return folder / "stages" / f"{stage}.safetensors"
+    """Where the student at the end of a stage lies in a run's folder, whatever characters its name is made of."""
+    readable = re.sub(r"[^A-Za-z0-9_-]", "_", stage)[:40]
+    return folder / "stages" / f"{readable}-{hashlib.blake2b(stage.encode(), digest_size=4).hexdigest()}.safetensors"
 
 
 def keep(student: CausalModel, path: Path) -> None:
@@ -78,7 +81,10 @@ def load_weights(module: nn.Module, weights: Mapping[str, Tensor], place: str, w
 
 
 def move_mean(mean: CausalModel, student: CausalModel, decay: float) -> None:
-    """One step of a running mean of the student's weights: mean = decay mean + (1 - decay) student."""
+    """One step of a running mean of the student's weights: mean = decay mean + (1 - decay) student.
+
+    Of an adapter its two matrices are averaged, each by itself.
+    """
     own = dict(mean.module.named_parameters())
     with torch.no_grad():
         for name, p in trained(student.module):

@@ -17,6 +17,7 @@ from opd.errors import OpdError
 from opd.legs import Leg
 from opd.lock import differences
 from opd.log import RunFolder, said_before
+from opd.mixture import Mixture
 from opd.model import CausalModel, load, trained
 from opd.recipe import Recipe
 from opd.replay import Replay
@@ -34,7 +35,8 @@ class Progress:
     step: int = 0  # of the run
     leg: int = 0
     leg_step: int = 0
-    cursor: int = 0  # prompts drawn
+    cursor: int = 0  # place in the stage's sequence of prompts
+    height: float | None = None  # the best eval.metric since the student last went back to an earlier one
     version: int = 0
     critic_steps: int = 0
     critic_accuracy: float | None = None  # on fresh pairs, smoothed
@@ -71,6 +73,11 @@ class Run:
     def leg(self) -> Leg:
         """The stage that runs; the last one when all have."""
         return self.legs[min(self.at.leg, len(self.legs) - 1)]
+
+    @property
+    def mixture(self) -> Mixture:
+        """Which prompts the stage is asked, and when."""
+        return self.parts.mixture.of(self.leg.stage.domains)
 
     def summary(self, status: str, reason: str = "") -> dict[str, Any]:
         """The content of summary.json."""

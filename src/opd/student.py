@@ -228,7 +228,7 @@ class Student:
         beside = Beside(loss, batch, prepared, tally)
         for name, values in prepared.measures.items():
             tally.mean(name, values)
-        for cut in micro_batches(batch, sorted(counted), self.optim.tokens_per_micro, self.model.layout):
+        for cut in self._cuts(batch, sorted(counted)):
             at_m = flat_index(batch, cut)
 
             def value(at: slice, logits_nV: Tensor, at_m: Tensor = at_m) -> Tensor:
@@ -245,6 +245,11 @@ class Student:
         if stats:
             stats["loss/total"] = sum(v for k, v in stats.items() if k.startswith("loss/"))
         return stats
+
+    def _cuts(self, batch: Batch, rows: Sequence[int]) -> list[list[int]]:
+        """Micro-batches, those of one expert after the other."""
+        size, layout = self.optim.tokens_per_micro, self.model.layout
+        return [cut for part in batch.by_expert(rows) for cut in micro_batches(batch, part, size, layout)]
 
     def update(self, batch: Batch, loss: Loss, step: int, lr: float, total: Total | None = None) -> dict[str, float]:
         """Learn from a rollout batch: `passes` times over `updates` optimizer batches of whole groups.

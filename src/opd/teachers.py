@@ -26,7 +26,7 @@ from opd.engines.base import Sampling, Spoken
 from opd.engines.blend import Blend
 from opd.engines.local import generate
 from opd.errors import UsageError
-from opd.head import token_logp
+from opd.head import Head, token_logp
 from opd.hints import Next, with_hints
 from opd.method import EXPERT
 from opd.model import CausalModel, adapter, flat_index, parameters
@@ -51,6 +51,7 @@ class Teachers:
     views: Mapping[str, View] = field(default_factory=dict)
     came_next: Next | None = None  # what follows an answer, for the view `hint`
     hint_judge: tuple[str, int] | None = None  # who draws a hint from it, and how often it is asked
+    rooms: Mapping[str, int] = field(default_factory=dict)  # tokens that a role's model can hold, where it says so
     disk: Path | None = None  # where the hidden states of judges that come in turn lie; None: in memory
     caches: Mapping[str, Cache] = field(default_factory=dict)  # of judges that said once what they say
     critic: Critics | None = None
@@ -142,13 +143,19 @@ class Teachers:
         return with_hints(rollouts, self.came_next, partial(self._votes, step=step) if self.hint_judge else None)
 
     def _votes(self, questions: Sequence[Prompt], step: int) -> list[list[str]]:
-        """The hint judge's answers to each question; the same question twice in a step is asked once."""
+        """The hint judge's answers to each question; the same question twice in a step is asked once.
+
+        One that the judge cannot hold is not answered.
+        """
         assert self.hint_judge is not None
         role, votes = self.hint_judge
-        voice, distinct = self.voices.get(role, self.renderer), list({q.id: q for q in questions}.values())
+        voice, room = self.voices.get(role, self.renderer), self.rooms.get(role)
+        longest = None if room is None else room - self.sampling.max_tokens
+        once = {q.id: q for q in questions}.values()
+        distinct = [q for q in once if longest is None or len(voice.prompt_ids(q)) <= longest]
         said = speak_with(self.model(role), voice, distinct, votes, self.sampling, self.seed, step, self.rows)
         text = {q.id: [voice.text(s.tokens) for s in each] for q, each in zip(distinct, said, strict=True)}
-        return [text[q.id] for q in questions]
+        return [text.get(q.id, []) for q in questions]
 
     # --- TOKEN, DENSE, SCORE -----------------------------------------------------------------------------------------
 
@@ -170,22 +177,19 @@ class Teachers:
         if judge.view == RETOKENIZED:
             voice = self.voices.get(judge.role, self.renderer)
             return retokenize.hear(batch, self.model(judge.role), self.renderer, voice, says)
-        seen, shown_B = self.seen(batch, judge.view)
+        seen, shown_B = self.seen(batch, judge)
         if judge.role in self.caches:
             return self.caches[judge.role].hear(seen, shown_B, judge.view, says)
-        whose = [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
-        rows = {role: [b for b, who in enumerate(whose) if who == role and shown_B[b]] for role in dict.fromkeys(whose)}
-        everything = shown_B.all()
+        whose = _whose(judge, batch)
+        asked = [b for b in range(len(whose)) if shown_B[b] and batch.length_B[b]]
+        rows = {role: [b for b in asked if whose[b] == role] for role in dict.fromkeys(whose[b] for b in asked)}
+        everything = bool(shown_B.all())
         heard_N = None if everything else shown_B.to(batch.row_N.device)[batch.row_N]
         if says is Says.TOKEN:
             logp_N = torch.full_like(batch.behaviour_N, float("nan"))
-            for role, mine in rows.items():
-                model = self.model(role)
+            for role, mine in self._in_turn(rows):
                 part = seen if len(mine) == len(whose) else seen.rows(mine)
-                h_MH = model.all_hidden(part)
-                with model.autocast():
-                    logp_M = token_logp(model.head, h_MH, part.token_N, batch.temperature)
-                logp_N[flat_index(batch, mine)] = logp_M.to(logp_N)
+                logp_N[flat_index(batch, mine)] = self._token_logp(role, part).to(logp_N)
             return Token(logp_N, heard_N)
         if says is Says.LAYERS:
             model, mine = self.model(judge.role), [b for b in range(len(whose)) if shown_B[b]]
@@ -193,43 +197,69 @@ class Teachers:
             spread: Callable[[Tensor], Tensor] = lambda x_MH: x_MH.new_zeros(len(seen.row_N), x_MH.shape[1]).index_copy(
                 0, flat_index(seen, mine), x_MH
             )
-            return Layered(spread(h_MH), model.head, heard_N, {d: spread(x) for d, x in inner.items()})
-        if not shown_B.any():  # nobody has this view in this step: every gate on it is shut
+            return Layered(spread(h_MH), self._head(judge.role), heard_N, {d: spread(x) for d, x in inner.items()})
+        if not rows:  # nobody has this view in this step: every gate on it is shut
             own = self.student.head
             return Dense(batch.behaviour_N.new_zeros(len(batch.row_N), own.weight.shape[1]), own, heard_N)
-        if judge.role != EXPERT and everything:
-            model = self.model(judge.role)
-            return Dense(model.all_hidden(seen), model.head)
-        return self._experts(seen, {r: m for r, m in rows.items() if m}, heard_N)
+        if judge.role != EXPERT and everything and not self._leaves(judge.role):
+            return Dense(self.model(judge.role).all_hidden(seen), self._head(judge.role))
+        return self._experts(seen, rows, heard_N)
 
-    def _experts(self, seen: Batch, rows: Mapping[str, Sequence[int]], heard_N: Tensor | None) -> Experts:
+    def _in_turn(self, rows: Mapping[str, list[int]]) -> list[tuple[str, list[int]]]:
+        """Judges with their rows; those that are in memory first."""
+        return sorted(rows.items(), key=lambda pair: pair[0] in self.cast and pair[0] not in self.cast.here)
+
+    def _token_logp(self, role: str, part: Batch) -> Tensor:  # the model is not held on to: another may come next
+        model = self.model(role)
+        h_MH = model.all_hidden(part)
+        with model.autocast():
+            return token_logp(model.head, h_MH, part.token_N, part.temperature)
+
+    def _head(self, role: str) -> Head:
+        """A judge's output head as it is now: copied where its model leaves, or goes on learning."""
+        head = self.model(role).head
+        if self._leaves(role):
+            return carried_head(head, self.disk)
+        if not head.weight.requires_grad:
+            return head
+        bias = None if head.bias is None else head.bias.detach().clone()
+        return replace(head, weight=head.weight.detach().clone(), bias=bias)
+
+    def _leaves(self, role: str) -> bool:
+        return role in self.cast and role not in self.cast.kept
+
+    def _experts(self, seen: Batch, rows: Mapping[str, list[int]], heard_N: Tensor | None) -> Experts:
         """One judge after another over its own rows. A judge that is not kept leaves before the next one comes; its
         hidden states and its head stay, in memory or on disk."""
         judge_N, place_N = torch.zeros_like(seen.row_N), torch.zeros_like(seen.row_N)
-        hidden, heads = [], []
-        for number, (role, mine) in enumerate(rows.items()):
-            model, at_M = self.model(role), flat_index(seen, mine)
-            h_MH = model.all_hidden(seen.rows(mine))
-            judge_N[at_M] = number
+        hidden: dict[str, Tensor] = {}
+        heads: dict[str, Head] = {}
+        numbers = {role: number for number, role in enumerate(rows)}
+        for role, mine in self._in_turn(rows):
+            at_M = flat_index(seen, mine)
+            hidden[role] = carried(self.model(role).all_hidden(seen.rows(mine)), self.disk)
+            heads[role] = self._head(role)
+            judge_N[at_M] = numbers[role]
             place_N[at_M] = torch.arange(len(at_M), device=at_M.device)
-            hidden.append(carried(h_MH, self.disk))
-            heads.append(
-                model.head if role not in self.cast or role in self.cast.kept else carried_head(model.head, self.disk)
-            )
-        return Experts(judge_N, place_N, tuple(hidden), Shelf(heads, seen.row_N.device), heard_N)
+        shelf = Shelf([heads[role] for role in rows], seen.row_N.device)
+        return Experts(judge_N, place_N, tuple(hidden[role] for role in rows), shelf, heard_N)
 
-    def seen(self, batch: Batch, name: str) -> tuple[Batch, Tensor]:
-        """The batch as a view shows it, the same loss tokens after other prompts; and for which rows it exists [B]."""
+    def seen(self, batch: Batch, judge: Judge) -> tuple[Batch, Tensor]:
+        """The batch as a judge sees it, the same loss tokens after other prompts; and for which rows that exists [B].
+
+        A row that its judge cannot hold is not seen either.
+        """
         shown_B = torch.ones(len(batch.rollouts), dtype=torch.bool)
-        if name == SAME:
+        if judge.view == SAME:
             return batch, shown_B
-        view, rows = self.views[name], list(batch.rollouts)
+        view, rows, whose = self.views[judge.view], list(batch.rollouts), _whose(judge, batch)
         for b, rollout in enumerate(batch.rollouts):
             prompt = view.of(rollout.prompt, rollout.hint)
-            if prompt is None:
+            row = None if prompt is None else reread(rollout, self.renderer.prompt_ids(prompt))
+            if row is None or len(row.tokens) > self.rooms.get(whose[b], len(row.tokens)):
                 shown_B[b] = False
             else:
-                rows[b] = reread(rollout, self.renderer.prompt_ids(prompt))
+                rows[b] = row
         shift_B = torch.tensor([len(new.tokens) - len(r.tokens) for new, r in zip(rows, batch.rollouts, strict=True)])
         position_N = batch.position_N + shift_B.to(batch.row_N.device)[batch.row_N]
         return replace(batch, rollouts=tuple(rows), position_N=position_N), shown_B
@@ -259,6 +289,11 @@ class Teachers:
         answers = self.texts(good, (r.prompt for r in students))
         canonical = {i: [self.renderer.canonical(t) for t in texts] for i, texts in answers.items()}
         return pair_up(canonical, students)
+
+
+def _whose(judge: Judge, batch: Batch) -> list[str]:
+    """Who judges each row."""
+    return [r.prompt.domain if judge.role == EXPERT else judge.role for r in batch.rollouts]
 
 
 def speak_with(

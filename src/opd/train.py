@@ -22,7 +22,7 @@ from opd.diagnose import Watchdog, paced, smoothed
 from opd.errors import OpdError
 from opd.eval import evaluate
 from opd.interrupt import Interrupt
-from opd.legs import Leg, legs, plan
+from opd.legs import Leg, first_cursor, legs, plan, text_role
 from opd.log import RunFolder
 from opd.recipe import Recipe
 from opd.replay import Replay
@@ -122,7 +122,7 @@ def _stages(run: Run, interrupt: Interrupt) -> tuple[str, str]:
             state.save(run)
             run.folder.event(at.step, "stop", "interrupted; the step was finished and saved")
             return "stopped", "interrupted"
-        steps = run.leg.steps(run.parts.mixture.size)
+        steps = run.leg.steps(run.mixture.size)
         ended = at.leg_step >= steps
         better = _evaluate(run) if ended or stop or _due(run) else False
         if at.evaluated == at.step and not ended:
@@ -130,6 +130,8 @@ def _stages(run: Run, interrupt: Interrupt) -> tuple[str, str]:
         if ended:
             _keep_student(run, run.leg.name)
             at.leg, at.leg_step = at.leg + 1, 0
+            if at.leg < len(run.legs):
+                at.cursor = first_cursor(run.legs, at.leg, run.parts.mixture)
         if ended or better or stop or (every and at.step % every == 0 and at.step > saved):
             state.save(run)
             saved = at.step
@@ -163,6 +165,7 @@ def _begin_stage(run: Run, steps: int) -> None:
         _keep_student(run, snapshot.INITIAL)
     if leg.stage.start != "previous":
         snapshot.return_to(run.student.model, snapshot.place(run.folder.path, leg.stage.start))
+        run.at.height, run.watchdog = None, Watchdog()  # what the student was in between is no measure of it now
     run.student.fresh_optimizer(optim(leg.stage.train))
     teachers.stage = leg.name
     if any(j.role == "reference" for j in leg.method.needs):
@@ -207,7 +210,7 @@ def _one(run: Run, steps: int) -> str | None:
         rollouts = spoken
         if "reward" in leg.method.loss.reads:
             rollouts = [r for r in scoring.score(run.parts.rewards, spoken) if r.reward is not None]
-        if any(judge.view == "hint" for judge in leg.method.needs):
+        if leg.looks_back:
             rollouts = teachers.look_back(rollouts, at.step)
         clock.append(time.perf_counter())
         model = run.student.model
@@ -241,7 +244,7 @@ def _one(run: Run, steps: int) -> str | None:
 def _speak(run: Run) -> list[Rollout]:
     at, leg = run.at, run.leg
     return speak(
-        run.parts.mixture.prompts(at.cursor, leg.stage.train.prompts),
+        run.mixture.prompts(at.cursor, leg.stage.train.prompts),
         leg.method,
         student=run.student,
         teachers=run.parts.teachers,
@@ -347,7 +350,6 @@ def _evaluate(run: Run) -> bool:
     recipe, at = run.recipe, run.at
     if not run.parts.dev or at.evaluated == at.step:
         return False
-    role = next((leg.method.taught_by for leg in run.legs if leg.method.taught_by), None)
     try:
         numbers = evaluate(
             run.student.model,
@@ -356,7 +358,7 @@ def _evaluate(run: Run) -> bool:
             run.legs[-1].sampling,
             rewards=run.parts.rewards,
             critic=run.critic,
-            text_role=role,
+            text_role=text_role(recipe, run.legs),
             greedy=recipe.eval.greedy,
             sampled=recipe.eval.sampled,
             samples=recipe.eval.samples,

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 
 from opd.errors import UsageError
-from opd.method import function
+from opd.method import function, is_function
 from opd.types import Message, Prompt, Rollout, Turn
 
 SAME = "same"
@@ -41,20 +41,28 @@ class View:
         """The fields that a row must have."""
         return frozenset() if self._own else frozenset(_FIELD.findall(self.template)) - {"prompt"}
 
+    @property
+    def looks_back(self) -> bool:
+        """Whether it shows what is only known after the student spoke."""
+        return self.name == "hint" or "hint" in self.fields
+
     @cached_property
     def _own(self) -> Callable[[Prompt, str | None], str | None] | None:
-        return function(self.template, self.folder) if ".py:" in self.template else None
+        return function(self.template, self.folder) if is_function(self.template) else None
 
     def of(self, prompt: Prompt, hint: str | None = None) -> Prompt | None:
         """The prompt as the judge reads it, or None where the row has no such view."""
         text = self._own(prompt, hint) if self._own else self._filled(prompt, hint)
         if text is None:
             return None
+        if not isinstance(text, str):
+            raise UsageError(f"views.{self.name}: `{self.template}` gave {text!r}; it returns a text, or None")
         *before, last = prompt.messages
         return replace(prompt, messages=(*before, Message(last.role, text)))
 
     def _filled(self, prompt: Prompt, hint: str | None) -> str | None:
-        known = {name: value for name, value in prompt.meta.items() if isinstance(value, str)}
+        columns = {name: value for name, value in prompt.meta.items() if name != "hint"}  # a hint comes from `hint:`
+        known = {name: str(value) for name, value in columns.items() if isinstance(value, str | int | float)}
         known["prompt"] = prompt.messages[-1].content
         if (answer := prompt.answer or next(iter(prompt.responses), None)) is not None:
             known["answer"] = answer
@@ -67,22 +75,30 @@ class View:
         return _FIELD.sub(lambda m: known[m[1]], self.template)  # in one pass: what is filled in is not read again
 
 
-def wrapped(view: View, prompts: Sequence[Prompt]) -> list[Prompt]:
-    """The prompts as a view shows them, for everybody. Raises `UsageError` where one lacks a field."""
-    refuse_missing(view, list(prompts), "the data")
-    return [view.of(p) or p for p in prompts]
+def wrapped(wrap: str, prompts: Sequence[Prompt], path: str, folder: Path | None = None) -> list[Prompt]:
+    """The prompts of a source as its `wrap` shows them, to everybody. Raises `UsageError` where one lacks a field."""
+    view = View("wrap", wrap, folder)
+    shown = [view.of(p) for p in prompts]
+    _refuse(view, prompts, shown, path, "its `wrap`", "its `wrap`")
+    return [p for p in shown if p is not None]
 
 
-def refuse_missing(view: View, prompts: list[Prompt], where: str) -> None:
-    """Raise `UsageError` where rows lack what a view shows. A hint is only known after the student spoke."""
-    if "hint" in view.fields:
-        return
-    bare = [p for p in prompts if view.of(p) is None]
+def shown(view: View, prompts: Sequence[Prompt], where: str) -> list[Prompt]:
+    """The prompts as a judge reads them. Raises `UsageError` where rows lack what the view shows."""
+    found = [view.of(p) for p in prompts]
+    _refuse(view, prompts, found, where, f"the judge's view `{view.name}`", f"views.{view.name}")
+    return [p for p in found if p is not None]
+
+
+def _refuse(
+    view: View, prompts: Sequence[Prompt], found: Sequence[Prompt | None], where: str, what: str, key: str
+) -> None:
+    bare = [p for p, seen in zip(prompts, found, strict=True) if seen is None]
     if bare:
         raise UsageError(
-            f"{len(bare)} of {len(prompts)} prompts of {where} have nothing for the judge's view `{view.name}` (the "
-            f"first: {bare[0].where or bare[0].id}), which reads {', '.join(sorted(view.fields)) or view.template}: "
-            f"give each row that column, or change views.{view.name}"
+            f"{len(bare)} of {len(prompts)} prompts of {where} have nothing for {what} (the first: "
+            f"{bare[0].where or bare[0].id}), which reads {', '.join(sorted(view.fields)) or view.template}: "
+            f"give each row that column, or change {key}"
         )
 
 

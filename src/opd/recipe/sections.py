@@ -239,8 +239,11 @@ class Stage(Section):
     start: str = says("the student it begins with: previous, initial, or the name of an earlier stage", "previous")
     method: Method = says("the objective and its arguments")
     critic: StageCritic = says("what the critic does in this stage", StageCritic())
+    domains: Annotated[tuple[str, ...], Field(min_length=1)] | None = says(
+        "domains of data.train that it draws prompts from; null is all", None
+    )
     steps: Count | None = says("length in steps; train.steps unless given", None)
-    epochs: Above0 | None = says("length in passes over data.train; train.epochs unless given", None)
+    epochs: Above0 | None = says("length in passes over its prompts; train.epochs unless given", None)
     train: Update = says("what differs from the recipe's train", Update())
     speak: Speak = says("what differs from the recipe's speak", Speak())
 

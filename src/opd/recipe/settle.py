@@ -24,6 +24,7 @@ _TAKEN: Final = {
     "critic": "the critic learns, so it is configured in the section `critic`",
     "data": "`data` speaks what the prompts' files record",
 }
+_STARTS: Final = ("previous", "initial")
 _HOMES: Final = ("model", "stage", "answers", "url", "cache")
 _LATER: Final = {
     "url": "is an endpoint, and teachers are not asked over the network yet. Record answers in a file: `answers`.",
@@ -51,7 +52,9 @@ def settle(tree: Node) -> tuple[Node, list[Problem]]:
         kept = {k: v for k, v in root["data"].items.items() if k != "dev" or v.value is not None}
         root["data"] = replace(root["data"], value=kept)
     empty = Node({}, tree.origin)
-    problems += [*_adapter(root.get("student", empty)), *_teachers(root.get("teachers", empty))]
+    teachers = root.get("teachers", empty)
+    problems += [*_adapter(root.get("student", empty)), *_teachers(teachers)]
+    problems += _views(root.get("views", empty), root.get("hint", empty), teachers)
     return Node(root, tree.origin), problems
 
 
@@ -85,6 +88,8 @@ def _same_names(stages: Node) -> Iterator[Problem]:
         name = stage.items.get("name")
         if name is None or not isinstance(name.value, str):
             continue
+        if name.value in _STARTS:
+            yield Problem(name.origin, f"is {name.value!r}, which `start` has a meaning for. Choose another name.")
         if name.value in seen:
             first = seen[name.value].origin.label
             yield Problem(
@@ -96,7 +101,7 @@ def _same_names(stages: Node) -> Iterator[Problem]:
 
 def _beginnings(stages: Node, teachers: Node) -> Iterator[Problem]:
     """A stage begins with the student of an earlier one, and a teacher is the student at the end of some stage."""
-    known = ["previous", "initial"]
+    known = [*_STARTS]
     for stage in stages.value if isinstance(stages.value, list) else ():
         start = stage.items.get("start")
         if start is not None and start.value not in known:
@@ -147,6 +152,20 @@ def _beams(teacher: Node) -> Iterator[Problem]:
         yield Problem(
             samples.origin, f"is {samples.value}, and {beams.value} beams find {beams.value} answers at most."
         )
+
+
+def _views(views: Node, hint: Node, teachers: Node) -> Iterator[Problem]:
+    """Hints are for the view `hint` alone, and a judge of them is a teacher that can speak."""
+    for name, view in views.items.items():
+        if name != "hint" and isinstance(view.value, str) and "{hint}" in view.value:
+            yield Problem(view.origin, "shows {hint}, which only `views.hint` can: its judges look back.")
+    judge = hint.items.get("judge")
+    if judge is None or not isinstance(judge.value, str):
+        return
+    speakers = [role for role, t in teachers.items.items() if {"model", "stage"} & t.given.keys()]
+    if judge.value not in speakers:
+        found = ", ".join(speakers) or "none"
+        yield Problem(judge.origin, f"is {judge.value!r}, and no teacher with a `model` is called so. Found {found}.")
 
 
 def _adapter(student: Node) -> Iterator[Problem]:

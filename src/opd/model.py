@@ -9,7 +9,7 @@ Shapes: b rows of a micro-batch, L their longest length, m their loss tokens, H 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -158,10 +158,8 @@ class CausalModel:
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """[N, H] for every loss token, of the last layer and of others, without gradient, in passes of its own size."""
         width, spoken = self.head.weight.shape[1], [r for r in range(len(batch.rollouts)) if batch.length_B[r]]
-        make: Callable[[int], Tensor] = lambda width: torch.zeros(
-            len(batch.row_N), width, dtype=self.hidden_dtype, device=self.device
-        )
-        out_NH, inner = make(width), {depth: make(width) for depth in depths}
+        out_NH = torch.zeros(len(batch.row_N), width, dtype=self.hidden_dtype, device=self.device)
+        inner = {depth: torch.zeros_like(out_NH) for depth in depths}
         for cut in micro_batches(batch, spoken, tokens_per_pass, self.layout):
             at_m = flat_index(batch, cut)
             h_mH, own = self.states(batch, cut, depths)

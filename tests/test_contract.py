@@ -38,7 +38,8 @@ from opd.math import divergence as D
 from opd.method import REFERENCE, Setting, bind, build, catalogue
 from opd.model import CausalModel
 from opd.projector import InsideScope
-from opd.student import Optim, Student, TileScope
+from opd.student import Optim, Student
+from opd.tile import TileScope
 from opd.types import Judge, Rollout, Says
 
 METHODS = tuple(catalogue())

@@ -21,8 +21,8 @@ LAYERS = {
     "algebra": "math expression divergences anchors credits gates layered loss spans method methods",
     "text": "chat views texts hints rows data mixture tasks world verify_math rewards reward_model",
     "recipe": "recipe",
-    "models": "head aligned signals engines batch cache model retokenize cast tally compare observe projector student"
-    " critic replay teachers speak contest checkpoint snapshot diagnose",
+    "models": "head aligned signals engines batch cache model retokenize cast tally tile compare observe projector"
+    " student critic replay teachers speak contest checkpoint snapshot diagnose",
     "run": "legs assemble offline record state best eval train runs",
     "look": "samples report panel",
     "front": "demo api cli __init__",

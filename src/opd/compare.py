@@ -9,7 +9,6 @@ Shapes: n tokens of a tile, m of those that count and that the judge was heard a
 from __future__ import annotations
 
 from math import log
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,11 +16,9 @@ from opd import math
 from opd.aligned import SpanToken
 from opd.loss import Loss, Match
 from opd.tally import Tally
+from opd.tile import TileScope
 from opd.types import Judge
 from opd.views import SAME
-
-if TYPE_CHECKING:
-    from opd.student import TileScope
 
 CERTAIN, UNLIKELY = 0.9, 0.1  # a judge that knows, beside a student that does not
 

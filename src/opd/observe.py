@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import log
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,9 +19,7 @@ from opd.expression import Expression, Gated, Reach
 from opd.loss import Loss, Push, Term
 from opd.signals import Distribution, Token
 from opd.tally import Tally
-
-if TYPE_CHECKING:
-    from opd.student import TileScope
+from opd.tile import TileScope
 
 FAR = 2.0  # a factor between sampler and trainer that no rounding explains
 WIDE, EVERY = 1024, 8  # above this vocabulary, whole distributions are read at one token in so many

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from opd.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +60,22 @@ class Spoken:
     tokens: tuple[int, ...]
     logp: tuple[float, ...]
     finish: Literal["stop", "length"]
+
+
+class Decoder(Protocol):
+    """Holds the rows that decode together and knows their past."""
+
+    refills: bool  # rows may be admitted while others decode
+    drops: bool  # rows may leave before the others
+
+    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
+        """Prefill each prompt once and append a row for each of `copies` (indices of prompts); their logits [R, V]."""
+        ...
+
+    def step(self, token_R: Tensor) -> Tensor:
+        """The rows' next tokens in, their next logits [R, V] out."""
+        ...
+
+    def keep(self, index_R: Tensor) -> None:
+        """Only these rows stay, in this order."""
+        ...

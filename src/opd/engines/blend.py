@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from opd.engines.local import Decoder
+    from opd.engines.base import Decoder
 
 
 @dataclass(frozen=True)

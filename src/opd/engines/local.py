@@ -9,13 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from opd.engines.base import Sampling, Spoken
+from opd.engines.base import Decoder, Sampling, Spoken
 from opd.engines.blend import Blend, Blended
 from opd.engines.fused import fused
 from opd.engines.noise import key, uniform
@@ -28,25 +27,6 @@ __all__ = ["Sampling", "Spoken", "generate"]
 PREFILL_TOKENS = 65536  # prompt tokens, padding included, that go through the model at once
 NOISE_POSITIONS = 64  # positions whose noise is made at once
 Progress = Callable[[int, int], None]
-
-
-class Decoder(Protocol):
-    """Holds the rows that decode together and knows their past."""
-
-    refills: bool  # rows may be admitted while others decode
-    drops: bool  # rows may leave before the others
-
-    def admit(self, prompts: Sequence[Sequence[int]], copies: Sequence[int]) -> Tensor:
-        """Prefill each prompt once and append a row for each of `copies` (indices of prompts); their logits [R, V]."""
-        ...
-
-    def step(self, token_R: Tensor) -> Tensor:
-        """The rows' next tokens in, their next logits [R, V] out."""
-        ...
-
-    def keep(self, index_R: Tensor) -> None:
-        """Only these rows stay, in this order."""
-        ...
 
 
 def generate(

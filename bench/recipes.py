@@ -35,17 +35,17 @@ def one(name: str, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         began = time.process_time()
         run = opd.run(opd.load(ROOT / "recipes" / f"{name}.cpu.yaml", f"run.dir={folder}", f"run.seed={seed}"))
-        spent = time.process_time() - began
+        spent, summary, before, after = time.process_time() - began, run.summary, run.before, run.after
     pair = lambda numbers: [round(numbers[f"eval/{kind}"], 4) for kind in ("accuracy", "accuracy_sampled")]
     return {
         "recipe": name,
         "seed": seed,
-        "before": pair(run.before),
-        "after": pair(run.after),
-        "steps": run.summary["step"],
-        "tokens": run.summary["tokens"],
+        "before": pair(before),
+        "after": pair(after),
+        "steps": summary["step"],
+        "tokens": summary["tokens"],
         "cpu_s": round(spent, 1),
-        "status": run.summary["status"],
+        "status": summary["status"],
     }
 
 

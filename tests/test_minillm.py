@@ -124,7 +124,7 @@ def test_the_official_form_on_two_ranks_is_one(split):
     def rank(number: int) -> None:
         mine = [i for i, r in enumerate(batch.rollouts) if r.prompt.id in {prompt(n).id for n in split[number]}]
         total = meeting
-        total.named = lambda sums: sums
+        total.named = total.most = lambda sums: sums
         grad, _ = gradient(random_table(1), batch.rows(mine), loss, micro=9, total=total)
         found[number] = grad
 

@@ -25,9 +25,10 @@ WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / 
 needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 KNOWN = "".join(c for c in sorted({c for line in CORPUS for c in line}))
+# "▁" is how SentencePiece writes a space: to such a tokenizer the two are one, and what it reads is in no span.
 texts = st.one_of(
     st.text(st.sampled_from(KNOWN + "é中🙂  "), max_size=24),
-    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"]), max_size=12),
+    st.text(st.characters(codec="utf-8", exclude_categories=["Cs"], exclude_characters="▁"), max_size=12),
     st.lists(
         st.sampled_from([*CORPUS[0].split(), " ", "\n", "👩‍👩‍👧", "e\u0301", "日本語", "12", "1234"]), max_size=8
     ).map(" ".join),

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from opd.divergences import Divergence
-from opd.head import Head, tiled_loss
+from opd.head import Head, fitting, tiled_loss
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def plain(data: Inputs, divergence: Divergence | None) -> None:
     loss.backward()
 
 
-def tiled(data: Inputs, divergence: Divergence | None, tile: int = 1024) -> None:
+def tiled(data: Inputs, divergence: Divergence | None, tile: int | None = None) -> None:
     """opd's."""
     N, V = len(data.token_N), len(data.weight)
     student, judge = Head(data.weight, V), Head(data.t_weight, V)
@@ -103,7 +103,7 @@ def tiled(data: Inputs, divergence: Divergence | None, tile: int = 1024) -> None
             t_nV = judge.logits(data.t_NH[at]).log_softmax(-1)
         return divergence.entries(s_nV, t_nV).sum() / N
 
-    tiled_loss(student, data.h_NH, value, tile).backward()
+    tiled_loss(student, data.h_NH, value, tile or fitting(student)).backward()
 
 
 def liger(data: Inputs, divergence: Divergence | None) -> None:
@@ -117,7 +117,7 @@ def liger(data: Inputs, divergence: Divergence | None) -> None:
 
 def forms(name: str) -> dict[str, Callable[[Inputs, Divergence | None], None]]:
     out: dict[str, Callable[[Inputs, Divergence | None], None]] = {"plain": plain, "opd": tiled}
-    out |= {f"opd, tile {n}": partial(tiled, tile=n) for n in (128, 256, 512)}
+    out |= {f"opd, tile {n}": partial(tiled, tile=n) for n in (256, 1024)}
     if name in ("forward_kl", "reverse_kl", "jsd") and _has_liger():
         out["liger"] = liger
     return out

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-TILE = 1024  # tokens a tile, when nobody says otherwise
+TILE = 1024  # tokens a tile, at most, when nobody says otherwise
+ON_CPU = 2**22  # logits of a tile on a processor: more fall out of its caches (bench/head.py)
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,11 @@ def token_logp(head: Head, h_NH: Tensor, token_N: Tensor, temperature: float, ti
             z_nV = head.logits(h_NH[at]) / temperature
             out.append(z_nV.gather(-1, token_N[at, None])[:, 0] - z_nV.logsumexp(-1))
         return torch.cat(out) if out else h_NH.new_zeros(0)
+
+
+def fitting(head: Head) -> int:
+    """Tokens of a tile for this vocabulary: fewer where it is large and a processor computes, for speed and memory."""
+    return TILE if head.weight.is_cuda else max(128, min(TILE, ON_CPU // head.vocab))
 
 
 def tiles(count: int, size: int, joined_N: Tensor | None = None) -> list[slice]:

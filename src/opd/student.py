@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from opd.batch import Batch, Prepared, Total, needs_pass, prepare
 from opd.errors import OpdError
-from opd.head import TILE, tiled_loss, token_logp
+from opd.head import fitting, tiled_loss, token_logp
 from opd.layered import Layers
 from opd.loss import Loss
 from opd.model import CausalModel, flat_index, micro_batches, trained
@@ -37,7 +37,7 @@ class Optim:
     updates: int = 1  # optimizer batches a rollout batch is cut into
     passes: int = 1  # times each of them is learned from
     tokens_per_micro: int = 8192
-    tile: int = TILE
+    tile: int | None = None  # None: as the vocabulary has it
 
 
 def adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
@@ -121,12 +121,17 @@ class Student:
             held = {p for group in self.optimizer.param_groups for p in group["params"]}
             self.optimizer.state.update({p: state for p, state in moments.items() if p in held})
 
+    @property
+    def tile(self) -> int:
+        """Tokens whose logits exist at once."""
+        return self.optim.tile or fitting(self.model.head)
+
     @torch.no_grad()
     def logp(self, batch: Batch) -> Tensor:
         """[N] the trainer's own log-probabilities of the sampled tokens, at the rollouts' temperature."""
         h_NH = self.model.all_hidden(batch, 4 * self.optim.tokens_per_micro)
         with self.model.autocast():
-            return token_logp(self.model.head, h_NH, batch.token_N, batch.temperature, self.optim.tile)
+            return token_logp(self.model.head, h_NH, batch.token_N, batch.temperature, self.tile)
 
     def gradient(self, batch: Batch, loss: Loss, step: int = 0, total: Total | None = None) -> dict[str, float]:
         """Add one optimizer batch's gradient to `.grad`; returns the loss, its terms and diagnostics."""
@@ -144,7 +149,7 @@ class Student:
             def value(at: slice, logits_nV: Tensor, at_m: Tensor = at_m) -> Tensor:
                 return measure(loss, TileScope(logits_nV, batch, prepared, at_m[at]), prepared, tally)
 
-            self.trainee(cut, value, self.optim.tile, beside).backward()
+            self.trainee(cut, value, self.tile, beside).backward()
         for alignment in batch.alignments.values() if counted else ():
             for name, x_N in alignment.seen().items():
                 tally.mean(name, x_N)

@@ -193,7 +193,9 @@ class Update(Section):
     updates: Count = says("minibatches that one batch of rollouts is cut into, one optimizer step each", 1)
     passes: Count = says("times that one batch of rollouts is gone through", 1)
     tokens_per_micro: Count = says("tokens of a forward and backward pass: memory, never the result", 8192)
-    tile: Count = says("tokens whose vocabulary logits exist at once: memory, never the result", 1024)
+    tile: Count | None = says(
+        "tokens whose vocabulary logits exist at once: memory, never the result; null fits it", None
+    )
     optimizer: Literal["adamw"] = says("the optimizer", "adamw")
     betas: tuple[Share, Share] = says("decay of its first and second moment", (0.9, 0.999))
     eps: Above0 = says("its epsilon", 1e-8)

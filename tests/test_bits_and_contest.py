@@ -1,12 +1,11 @@
 """Bits per byte against tables that can be read off, and a contest whose outcome is known."""
 
-import os
 from dataclasses import replace
 from math import log2
-from pathlib import Path
 
 import pytest
 import torch
+from required import WORLD, needs_world
 from tabled import GOOD, V, packed, random_table, rollout, sampled_logp
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,9 +19,7 @@ from opd.student import Optim
 from opd.types import Message, Prompt
 
 STOP = V - 1
-WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
 STORIES = WORLD / "models" / "stories260K"
-real = pytest.mark.skipif(not STORIES.is_dir(), reason=f"no real models in {WORLD}")
 
 
 def text(number: int, ids: tuple[int, ...], said: str, finish: str = "stop"):
@@ -122,7 +119,7 @@ def test_prompts_that_were_taught_are_not_judged():
 # --- real models ------------------------------------------------------------------------------------------------------
 
 
-@real
+@needs_world
 def test_real_text_costs_a_real_model_about_one_bit_a_byte_whatever_its_vocabulary():
     """And the character model, of another tokenizer, gives a number that can stand beside it."""
     from opd.assemble import load_tokenizer, with_vocab

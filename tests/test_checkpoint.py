@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from required import lacking
 from torch import nn
 
 from opd import checkpoint
@@ -271,7 +272,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     place.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(place)]
     if not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
-        pytest.skip("mounting a small file system needs root; the simulated full disk is tested above")
+        lacking("disk", "mounting a small file system needs root; the simulated full disk is tested above")
     yield place
     subprocess.run(["umount", str(place)], check=True)
 

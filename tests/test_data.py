@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -14,15 +13,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from required import WORLD, needs_world
 
 from opd.data import answers, content, fingerprint, join, read, reading
 from opd.errors import UsageError
 from opd.mixture import Mixture
 from opd.rows import RowError, parse
 from opd.types import Message, Prompt
-
-WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
-needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 
 def lines(path: Path, *rows: Any) -> Path:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from required import WORLD, needs_world
 from tabled import F64, gradient, relative
 from tokenized import FAMILIES, byte_level, characters, sentencepiece, voice
 from transformers import AutoTokenizer
@@ -28,9 +28,6 @@ from opd.retokenize import crossing, hear
 from opd.signals import Dense
 from opd.teachers import Teachers
 from opd.types import Message, Prompt, Rollout, Says, Turn
-
-WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
-needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 J = RETOKENIZED_TEACHER
 CHATML = (

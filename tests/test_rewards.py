@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import textwrap
@@ -12,14 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from required import WORLD, needs_world
 
 from opd import rewards
 from opd.errors import OpdError, UsageError
 from opd.rewards import Reward, load, load_all, score
 from opd.types import Message, Prompt, Rollout, Turn
-
-WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
-needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 
 def ask(text: str = "q", answer: str | None = None, domain: str = "") -> Prompt:

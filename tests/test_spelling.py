@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
-import os
-from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from required import WORLD, needs_world
 from tokenized import CORPUS, FAMILIES, byte_level, characters, sentencepiece, voice
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, normalizers, pre_tokenizers
@@ -20,9 +19,6 @@ from opd.chat import renderer
 from opd.errors import UsageError
 from opd.retokenize import crossing, legible
 from opd.spelling import shared, shared_after, spelling
-
-WORLD = Path(os.environ.get("OPD_WORLD", Path(__file__).parents[2] / "shared" / "world"))
-needs_world = pytest.mark.skipif(not WORLD.exists(), reason="the small real world is not beside the checkout")
 
 KNOWN = "".join(c for c in sorted({c for line in CORPUS for c in line}))
 # "▁" is how SentencePiece writes a space: to such a tokenizer the two are one, and what it reads is in no span.

@@ -22,6 +22,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from made_runs import bare_run, good_run, hostile_run
+from required import lacking
 
 from opd.report import render
 
@@ -125,10 +126,7 @@ PAGES = ("about:blank", ".html")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     binary = next((found for name in NAMES if (found := shutil.which(name))), None)
     if binary is None:
-        message = "no Chromium: install one of " + ", ".join(NAMES)
-        if "browser" in os.environ.get("OPD_REQUIRE", ""):
-            pytest.fail(message)
-        pytest.skip(message)
+        lacking("browser", "no Chromium: install one of " + ", ".join(NAMES))
     started = Browser(binary, tmp_path_factory.mktemp("profile"))
     yield started
     started.close()

@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import driven
 from driven import differences, events, kill, run, small, wait_for
+from required import lacking
 
 from opd import checkpoint
 from opd.errors import OpdError
@@ -201,9 +202,7 @@ def disk(tmp_path: Path) -> object:
         return done.returncode == 0
 
     if not size(64):
-        if "disk" in os.environ.get("OPD_REQUIRE", ""):
-            pytest.fail("a disk of its own is required, and this user cannot mount one")
-        pytest.skip("mounting a small disk needs root")
+        lacking("disk", "mounting a small disk needs root")
     yield place, lambda mebibytes: size(mebibytes, "remount")
     subprocess.run(["umount", str(place)], check=True)
 
